@@ -1,0 +1,619 @@
+"""From files to uint8 tensors: decoding, sampling, augmenting, and the order in which samples are drawn.
+
+    python data.py demo DIR      make the small set of videos and images that `train.py --demo` trains on
+
+Everything here stays uint8 (RGB, 0..255); the model normalizes. Every random choice comes from a generator
+seeded by what it is for, so a sample looks the same whichever worker makes it, before and after a restart.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import re
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torchvision
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+
+def generator(purpose: str, *numbers: int) -> np.random.Generator:
+    """A random generator that follows from its purpose and non-negative numbers alone."""
+    return np.random.default_rng([zlib.crc32(purpose.encode()), *numbers])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Videos: exact frames from a file
+# ----------------------------------------------------------------------------------------------------------
+
+
+class VideoReader:
+    """Random access to the frames of a video file's first video stream, on one thread.
+
+    `get_batch([i, ...])` gives the i-th frames in presentation order, upright, whatever the container, the
+    codec or the key frames: the same pixels as decoding everything from the start.
+
+    H.264 with an orderly index is read fast: seek to the last IDR picture (after which nothing refers to
+    anything before) and decode from there, leaving out the pictures that are neither wanted nor referred to.
+    Everything else, where packets and frames need not map one to one, is decoded from the start.
+
+    Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._reformatter = VideoReformatter()
+        self._open()
+        packets = [
+            packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_corrupt
+        ]
+        self._pts = [packet.pts for packet in packets]
+        self._dts = [packet.dts for packet in packets]
+        self._order = None  # frame number -> place of its packet, where every packet is one frame
+        if self._codec.name == 'h264' and packets and not any(packet.is_discard for packet in packets):
+            self._idr = np.array([packet.is_keyframe and self._is_idr(packet) for packet in packets])
+            timed = None not in self._pts + self._dts and len(set(self._pts)) == len(packets)
+            if timed and self._idr[0]:
+                self._order = np.argsort(self._pts)
+        self._length = len(packets) if self._order is not None else sum(1 for _ in self._decode_from_start())
+        if not self._length:
+            raise ValueError('no frames')
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __enter__(self) -> 'VideoReader':
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._container.close()
+
+    def _open(self) -> None:
+        self._container = av.open(self.path, metadata_errors='ignore')
+        if not self._container.streams.video:
+            raise ValueError('no video stream')
+        self._stream = self._container.streams.video[0]
+        self._codec = self._stream.codec_context
+        self._codec.thread_count = 1  # the loader's workers are the parallelism
+
+    def get_batch(self, indices) -> np.ndarray:
+        """Frames `indices` (any order, repeats allowed) -> uint8 (N, H, W, 3) RGB, in the order asked."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f'frames {indices.tolist()} asked of a video with {len(self)}')
+        wanted, place = np.unique(indices, return_inverse=True)
+        missing, frames = set(wanted.tolist()), {}
+        for index, frame in self._decode_from_start() if self._order is None else self._decode(wanted):
+            if index in missing:
+                missing.remove(index)
+                frames[index] = self._to_rgb(frame)
+                if not missing:
+                    break
+        if missing and self._order is not None:
+            self._order = None  # the index promised what decoding did not give
+            return self.get_batch(indices)
+        if missing:
+            raise ValueError(f'frame {min(missing)} of {len(self)} cannot be decoded')
+        return np.stack([frames[wanted[i]] for i in place])
+
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        width, height = (
+            self._codec.width,
+            self._codec.height,
+        )  # one size for all, should the stream change midway
+        rgb = self._reformatter.reformat(frame, width, height, 'rgb24', threads=1).to_ndarray()
+        return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb
+
+    def _decode_from_start(self):
+        """Yield (number, frame) for all frames in presentation order."""
+        self._container.close()
+        self._open()  # not every container can seek back to its start
+        yield from enumerate(self._container.decode(self._stream))
+
+    def _decode(self, wanted: np.ndarray):
+        """Yield (number, frame) for at least the `wanted` frames, each decoded from the IDR picture before
+        it."""
+        places = self._order[wanted]
+        starts = np.flatnonzero(self._idr)
+        start_of = starts[np.searchsorted(starts, places, side='right') - 1]
+        number_of = {self._pts[place]: number for number, place in enumerate(self._order)}
+        for start in np.unique(start_of):
+            in_group = places[start_of == start]
+            needed, last = set(in_group.tolist()), in_group.max()
+            for place, packet in self._packets_from(start):
+                # The decoder can drop a picture that none refers to; it must see every other one.
+                self._codec.skip_frame = 'DEFAULT' if place in needed else 'NONREF'
+                for frame in self._codec.decode(packet):
+                    yield number_of[frame.pts], frame
+                if place == last:
+                    break
+            for frame in self._codec.decode(None):
+                yield number_of[frame.pts], frame
+
+    def _packets_from(self, start: int):
+        """Yield (place, packet) from the packet at place `start` on."""
+        self._container.seek(self._dts[start], stream=self._stream, backward=True)
+        self._codec.flush_buffers()
+        place = None
+        for packet in self._container.demux(self._stream):
+            if place is None and packet.dts == self._dts[start]:
+                place = start
+            if place is not None and place < len(self._dts):
+                yield place, packet
+                place += 1
+
+    def _is_idr(self, packet: av.Packet) -> bool:
+        """Whether an H.264 packet with length-prefixed units (MP4, Matroska) holds an IDR picture.
+
+        A key frame that is not IDR can be followed by pictures that need earlier ones (open GOP).
+        """
+        extradata, data, at = self._codec.extradata, bytes(packet), 0
+        if not extradata or extradata[0] != 1:
+            return False
+        prefix = (extradata[4] & 3) + 1
+        while at + prefix < len(data):
+            if data[at + prefix] & 31 == 5:
+                return True
+            at += prefix + int.from_bytes(data[at : at + prefix], 'big')
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which frames and which pixels: the recipe's sampling and augmentation
+# ----------------------------------------------------------------------------------------------------------
+
+
+def sample_frames(
+    num_frames: int,
+    clip_len: int = 8,
+    frame_interval: int = 8,
+    num_clips: int = 1,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Frame numbers of `num_clips` clips of a video with `num_frames` frames -> int64 (num_clips, clip_len).
+
+    With `rng` (training) every clip starts at random, such that clip_len * frame_interval frames lie ahead.
+    Without (validation and test), one clip lies in the middle and several spread evenly from the start to the
+    end. A video too short for a clip starts over at its end.
+    """
+    if rng is not None:
+        starts = rng.integers(max(num_frames - clip_len * frame_interval, 0) + 1, size=num_clips)
+    else:
+        last = max(num_frames - (clip_len - 1) * frame_interval - 1, 0)
+        # round() of numpy and the order of these operations decide where a start of x.5 goes
+        starts = (
+            np.round(np.arange(num_clips) * (last / (num_clips - 1)))
+            if num_clips > 1
+            else np.array([last // 2])
+        )
+    return (starts.astype(np.int64)[:, None] + np.arange(clip_len) * frame_interval) % num_frames
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (..., C, H, W) -> (..., C, height, width): bilinear, half-pixel centres, no antialiasing."""
+    return TF.resize(pixels, [height, width], InterpolationMode.BILINEAR, antialias=False)
+
+
+def resize_short_side(pixels: Tensor, side: int) -> Tensor:
+    """uint8 (..., C, H, W) -> the same picture with its shorter side at `side`."""
+    height, width = pixels.shape[-2:]
+    scale = side / min(height, width)
+    return resize(pixels, int(height * scale + 0.5), int(width * scale + 0.5))
+
+
+def center_crop(pixels: Tensor, size: int) -> Tensor:
+    """uint8 (..., C, H, W) -> (..., C, size, size)."""
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+def random_resized_crop(pixels: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """uint8 (..., C, H, W) -> (..., C, size, size): a random part of it, mirrored half of the time.
+
+    The part has 0.08 to 1 of the area and a ratio of 3/4 to 4/3; where ten tries do not fit it is the centre
+    square.
+    """
+    height, width = pixels.shape[-2:]
+    for _ in range(10):
+        area = rng.uniform(0.08, 1) * height * width
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = max(round(math.sqrt(area / ratio)), 1), max(round(math.sqrt(area * ratio)), 1)
+        if h <= height and w <= width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            break
+    else:
+        h = w = min(height, width)
+        top, left = (height - h) // 2, (width - w) // 2
+    pixels = resize(pixels[..., top : top + h, left : left + w], size, size)
+    return pixels.flip(-1) if rng.random() < 0.5 else pixels
+
+
+def three_crops(pixels: Tensor) -> Tensor:
+    """uint8 (..., C, H, W) -> (3, ..., C, S, S), S the short side: the two ends and the middle of the long
+    side."""
+    height, width = pixels.shape[-2:]
+    size = min(height, width)
+    step = (max(height, width) - size) // 2
+    starts = (0, 2 * step, step)
+    crops = [pixels[..., s : s + size, :] if height > width else pixels[..., s : s + size] for s in starts]
+    return torch.stack(crops)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Datasets
+# ----------------------------------------------------------------------------------------------------------
+
+VIDEO_SUFFIX = re.compile(r'\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|ts|3gp)$', re.IGNORECASE)
+
+
+class Samples(NamedTuple):
+    """What a list file names. Arrays, as a million Python strings would be copied into every worker bit by
+    bit."""
+
+    paths: np.ndarray  # bytes (N,)
+    labels: np.ndarray  # int64 (N,)
+
+    def path(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+
+def read_list(
+    list_file: str, root: str = '', num_classes: int | None = None, videos: bool = False
+) -> Samples:
+    """Read `path label` lines; paths are below `root` and may contain spaces, blank lines are skipped.
+
+    With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
+    too, and a name without a video suffix gets `.mp4`. Raises ValueError with file and line for a line
+    without a label or with one that is negative or not below `num_classes`.
+    """
+    paths, labels = [], []
+    with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            match = re.fullmatch(r'(.+?)[\s,]+(-?\d+)', line.strip())
+            if not match:
+                raise ValueError(f'{list_file}:{number}: no label in {line.strip()!r}; expected "path label"')
+            path, label = match[1], int(match[2])
+            if label < 0 or (num_classes is not None and label >= num_classes):
+                known = f'; {num_classes} classes are known' if num_classes is not None else ''
+                raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
+            if videos and not VIDEO_SUFFIX.search(path):
+                path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
+            paths.append(os.fsencode(os.path.join(root, path)))
+            labels.append(label)
+    if not paths:
+        raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
+    return Samples(np.array(paths), np.array(labels, dtype=np.int64))
+
+
+def read_label_map(path: str) -> list[str]:
+    """Class names from a file with one name per line, or `name index` on every line."""
+    with open(path, encoding='utf-8-sig') as file:
+        names = [line.strip() for line in file if line.strip()]
+    indexed = [re.fullmatch(r'(.+?)[\s,]+(\d+)', name) for name in names]
+    if all(indexed) and sorted(int(match[2]) for match in indexed) == list(range(len(names))):
+        return [match[1] for match in sorted(indexed, key=lambda match: int(match[2]))]
+    return names
+
+
+class Item(NamedTuple):
+    """One sample of a dataset."""
+
+    pixels: Tensor | None  # uint8; None where an evaluation's file is unreadable
+    label: int
+    path: str
+    bad: list[str]  # `path: reason` of the unreadable files met on the way
+
+
+class VideoDataset(Dataset):
+    """Clips of the listed videos, uint8.
+
+    mode 'train': `dataset[epoch, index]` has a random clip with a random crop, (3, T, size, size).
+    mode 'val':   `dataset[index]` has one view, the middle clip's centre crop, (1, 3, T, size, size).
+    mode 'test':  `dataset[index]` has num_clips x num_crops views, (V, 3, T, S, S): clips spread evenly over
+    the
+                  video, cropped at S, the short side that videos are resized to (256 for size 224).
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        mode: str = 'train',
+        size: int = 224,
+        clip_len: int = 8,
+        frame_interval: int = 8,
+        num_clips: int = 10,
+        num_crops: int = 3,
+        seed: int = 0,
+    ):
+        self.samples, self.mode, self.seed = samples, mode, seed
+        self.size, self.short_side = size, size * 8 // 7
+        self.clip_len, self.frame_interval = clip_len, frame_interval
+        self.num_clips, self.num_crops = (num_clips, num_crops) if mode == 'test' else (1, 1)
+
+    def __len__(self) -> int:
+        return len(self.samples.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        return _read(self, key)
+
+    def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
+        """Decode `path` as the mode asks, see above; raises what VideoReader raises."""
+        with VideoReader(path) as video:
+            clips = sample_frames(len(video), self.clip_len, self.frame_interval, self.num_clips, rng)
+            wanted, place = np.unique(clips, return_inverse=True)
+            frames = torch.from_numpy(video.get_batch(wanted)).permute(0, 3, 1, 2)  # (N, 3, H, W)
+        if min(frames.shape[-2:]) != self.short_side:
+            frames = resize_short_side(frames, self.short_side)
+        if self.mode == 'train':
+            frames = random_resized_crop(frames, self.size, rng)
+            return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
+        if self.num_crops == 3:
+            crops = three_crops(frames)
+        else:
+            crops = center_crop(frames, self.size if self.mode == 'val' else self.short_side).unsqueeze(0)
+        views = crops[:, place.reshape(clips.shape)]  # (crops, N, 3, S, S) -> (crops, clips, T, 3, S, S)
+        return views.flatten(0, 1).transpose(1, 2)
+
+
+class ImageDataset(Dataset):
+    """The listed images, uint8.
+
+    mode 'train': `dataset[epoch, index]` has a random crop, (3, size, size).
+    mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
+    """
+
+    def __init__(self, samples: Samples, mode: str = 'train', size: int = 224, seed: int = 0):
+        self.samples, self.mode, self.size, self.seed = samples, mode, size, seed
+
+    def __len__(self) -> int:
+        return len(self.samples.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        return _read(self, key)
+
+    def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
+        """Decode `path` as the mode asks, see above; raises OSError or RuntimeError."""
+        image = torchvision.io.decode_image(
+            path, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True
+        )
+        image = image[0] if image.ndim == 4 else image  # an animated GIF's first picture
+        image = TF.to_dtype(image, torch.uint8, scale=True)  # of 16-bit PNGs
+        if self.mode == 'train':
+            return random_resized_crop(image, self.size, rng)
+        return center_crop(resize_short_side(image, self.size * 8 // 7), self.size).unsqueeze(0)
+
+
+def _read(dataset: VideoDataset | ImageDataset, key: int | tuple[int, int]) -> Item:
+    """The sample at `key`. In training another one takes the place of an unreadable file, drawn from the same
+    key."""
+    training = dataset.mode == 'train'
+    epoch, index = key if training else (0, key)
+    kind, bad = type(dataset).__name__, []
+    replacements = generator(f'{kind} replacements', dataset.seed, epoch, index).integers(
+        len(dataset), size=10
+    )
+    for place in [index, *replacements.tolist()]:
+        path, label = dataset.samples.path(place), int(dataset.samples.labels[place])
+        rng = generator(f'{kind} augmentation', dataset.seed, epoch, index) if training else None
+        try:
+            return Item(dataset.load(path, rng), label, path, bad)
+        except (OSError, ValueError, RuntimeError, MemoryError, av.FFmpegError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            bad.append(f'{path}: {reason}')
+            if not training:
+                return Item(None, label, path, bad)
+    raise RuntimeError(f'{len(bad)} samples in a row are unreadable, the last one {bad[-1]}')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Joint batches
+# ----------------------------------------------------------------------------------------------------------
+
+
+class JointDataset(Dataset):
+    """Both training sets behind one key: `dataset['video' or 'image', epoch, index]`."""
+
+    def __init__(self, videos: VideoDataset, images: ImageDataset | None):
+        self.sources = {'video': videos, 'image': images}
+
+    def __getitem__(self, key: tuple[str, int, int]) -> Item:
+        source, epoch, index = key
+        return self.sources[source][epoch, index]
+
+
+class JointSampler(Sampler):
+    """One video batch and one image batch per step, for one rank, from `epoch` to the last.
+
+    An epoch has as many steps as the smaller of the two sets gives; within it no sample is drawn twice on any
+    rank. Its order follows from (seed, epoch) alone. A step's two batches are yielded as one list of keys: a
+    DataLoader hands out batches to its workers in turn, and with video and image batches alternating, an even
+    number of workers would leave all the videos to one half of them.
+
+    `done` holds how many (videos, images) of the first epoch all ranks together have drawn already.
+    """
+
+    def __init__(
+        self,
+        num_videos: int,
+        num_images: int,
+        videos_per_gpu: int = 16,
+        images_per_gpu: int = 85,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        epochs: int = 256,
+    ):
+        self.sizes = {'video': num_videos, 'image': num_images}
+        self.per_gpu = {'video': videos_per_gpu, 'image': images_per_gpu}
+        self.rank, self.world_size, self.seed, self.epochs = rank, world_size, seed, epochs
+        self.epoch, self.done = 0, {'video': 0, 'image': 0}
+        self.steps_per_epoch = self._steps({'video': 0, 'image': 0})
+        for source, size in self.sizes.items():
+            if size < self.per_gpu[source] * world_size:
+                needed = f'{world_size} x {self.per_gpu[source]}'
+                raise ValueError(f'{size} training {source}s are too few for one step of {needed}')
+
+    def _steps(self, done: dict[str, int]) -> int:
+        """Full steps left in an epoch of which `done` samples have been drawn."""
+        return min((self.sizes[s] - done[s]) // (n * self.world_size) for s, n in self.per_gpu.items() if n)
+
+    def __len__(self) -> int:
+        return self._steps(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
+
+    def __iter__(self):
+        done = self.done
+        for epoch in range(self.epoch, self.epochs):
+            order = {
+                s: generator(f'{s} order', self.seed, epoch).permutation(size)
+                for s, size in self.sizes.items()
+            }
+            for step in range(self._steps(done)):
+                batch = []
+                for source, count in self.per_gpu.items():
+                    start = done[source] + (step * self.world_size + self.rank) * count
+                    batch += [(source, epoch, int(index)) for index in order[source][start : start + count]]
+                yield batch
+            done = {'video': 0, 'image': 0}
+
+
+def collate(items: list[Item]) -> dict:
+    """A step's items -> {'clips': uint8 (B, 3, T, H, W), 'images': uint8 (B, 3, H, W) or None,
+    'video_labels', 'image_labels': int64 (B,), 'paths', 'bad': lists of strings}, the pixels in channels-last
+    memory."""
+    clips = [item for item in items if item.pixels.ndim == 4]
+    images = [item for item in items if item.pixels.ndim == 3]
+    return {
+        'clips': torch.stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3),
+        'images': torch.stack([item.pixels.permute(1, 2, 0) for item in images]).permute(0, 3, 1, 2)
+        if images
+        else None,
+        'video_labels': torch.tensor([item.label for item in clips]),
+        'image_labels': torch.tensor([item.label for item in images]),
+        'paths': [item.path for item in items],
+        'bad': [line for item in items for line in item.bad],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The demo's set
+# ----------------------------------------------------------------------------------------------------------
+
+DEMO_PATTERNS = ('stripes', 'checks', 'dots', 'zigzag')
+DEMO_MOTIONS = ('rising', 'falling')
+DEMO_SIZE = (64, 96)  # height, width of every picture
+DEMO_FRAMES = 80
+
+
+def make_demo(
+    root: str, train_videos: int = 50, val_videos: int = 12, train_images: int = 150, val_images: int = 20
+):
+    """Make a small set of real files below `root`: MP4 videos, JPEG images, their lists and label maps.
+
+    Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a video's
+    frames is as likely in the other direction, so it takes several to tell, and mirroring changes neither. The
+    numbers are per class. A complete set is left as it is; `image_labels.txt`, written last, says so.
+    """
+    root = Path(root)
+    if (root / 'image_labels.txt').exists():
+        print(f'reusing the set in {root}')
+        return
+    videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in DEMO_MOTIONS]
+    jobs = []
+    for split, video_count, image_count in (
+        ('train', train_videos, train_images),
+        ('val', val_videos, val_images),
+    ):
+        for source, classes, count, suffix in (
+            ('video', videos, video_count, 'mp4'),
+            ('image', DEMO_PATTERNS, image_count, 'jpg'),
+        ):
+            (root / f'{source}s_{split}').mkdir(parents=True, exist_ok=True)
+            lines = []
+            for number in range(len(classes) * count):
+                label = number % len(classes)
+                name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
+                jobs.append((root / f'{source}s_{split}' / name, classes[label], source, split, number))
+                lines.append(f'{name} {label}\n')
+            (root / f'{source}_{split}.txt').write_text(''.join(lines))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
+        done = pool.map(_draw_demo_file, *zip(*jobs), chunksize=20)
+        for _ in tqdm(done, total=len(jobs), desc=f'making {root}', unit='file', disable=None):
+            pass
+    (root / 'video_labels.txt').write_text('\n'.join(videos) + '\n')
+    (root / 'image_labels.txt').write_text('\n'.join(DEMO_PATTERNS) + '\n')
+
+
+def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int) -> None:
+    rng = generator(f'demo {source} {split}', number)
+    pattern, _, motion = name.partition(' ')
+    height, width = DEMO_SIZE
+    fine = 2  # drawn twice as fine, for smooth edges
+    period = fine * rng.uniform(13, 20)
+    speed = period / 32 * rng.uniform(0.7, 1.3) * {'rising': 1, 'falling': -1, '': 0}[motion]  # per frame
+    y, x = (axis + period * rng.uniform() for axis in np.ogrid[: height * fine, : width * fine])
+    texture = rng.normal(0, 12, (height, width, 1))
+    slope = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-30, 30, 3)
+    back, front = rng.uniform(20, 90, 3), rng.uniform(140, 250, 3)
+    frames = []
+    for t in range(DEMO_FRAMES if source == 'video' else 1):
+        cover = _pattern(pattern, (y + speed * t) / period, x / period)
+        cover = cover.reshape(height, fine, width, fine).mean((1, 3))[..., None]
+        frames.append(np.clip(back + slope + (front - back) * cover + texture, 0, 255).astype(np.uint8))
+    if source == 'image':
+        torchvision.io.write_jpeg(torch.from_numpy(frames[0]).permute(2, 0, 1), str(path), quality=90)
+        return
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(
+            'libx264', rate=30, options={'crf': '20', 'g': '24', 'preset': 'veryfast'}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        container.mux(stream.encode(None))
+
+
+def _pattern(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Where a pattern is bright, in coordinates that are 1 from one repetition to the next."""
+    if name == 'stripes':
+        return (y % 1 < 0.5) | (0 * x > 0)
+    if name == 'checks':
+        return (y % 1 < 0.5) ^ (x % 1 < 0.5)
+    if name == 'dots':
+        return (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2
+    return (y + abs(x % 1 - 0.5)) % 1 < 0.5  # zigzag
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    demo = commands.add_parser('demo', help='make the small set that `train.py --demo` trains on')
+    demo.add_argument('dir', metavar='DIR')
+    args = parser.parse_args()
+    try:
+        make_demo(args.dir)
+    except OSError as error:
+        sys.exit(f'data.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

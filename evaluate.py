@@ -1,0 +1,330 @@
+"""Measure a checkpoint on a validation set, or name what a file shows.
+
+    python evaluate.py --ckpt work_dirs/omni/best.pth --dump result.pkl     10 clips x 3 crops, top-1 and
+    top-5
+    python evaluate.py --ckpt work_dirs/omni/best.pth --images              the image set instead
+    python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    the five likeliest labels of each
+    file
+    torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
+
+Lists, label names and the input's size come from the checkpoint; an official MMAction2 checkpoint has none of
+them and is taken as the published recipe. Runs on a GPU where there is one, else on the CPU.
+"""
+
+import argparse
+import os
+import pickle
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import data
+import model as models
+
+# the published validation set; used where neither the command nor the checkpoint names another
+VAL_LIST = 'data/kinetics400/kinetics400_val_list_videos.txt'
+VAL_ROOT = 'data/kinetics400/videos_val'
+IMAGE_VAL_LIST = 'data/imagenet/meta/val.txt'
+IMAGE_VAL_ROOT = 'data/imagenet/val'
+
+VIEWS_PER_PASS = 16  # bounds the memory of a forward pass: 16 views of 8x256x256 take about 3 GB in fp32
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores and metrics
+# ----------------------------------------------------------------------------------------------------------
+
+
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Scores (N, classes) and labels (N,) -> {'top1', 'top5', 'mean1'}, fractions of 1.
+
+    mean1 is the mean over the classes of each one's own top-1 accuracy. As in MMAction2, a class that is
+    predicted but never occurs counts with 0.
+    """
+    ranked = np.argsort(scores, axis=1)[:, ::-1]
+    hits = ranked == np.asarray(labels)[:, None]
+    seen = np.union1d(labels, ranked[:, 0])
+    per_class = [hits[labels == label, 0].mean() if (labels == label).any() else 0.0 for label in seen]
+    return {
+        'top1': float(hits[:, 0].mean()),
+        'top5': float(hits[:, :5].any(1).mean()),
+        'mean1': float(np.mean(per_class)),
+    }
+
+
+@torch.inference_mode()
+def score_views(network: nn.Module, views: torch.Tensor, precision: str) -> torch.Tensor:
+    """Views (V, 3, T, H, W) or (V, 3, H, W) of any number of samples -> their softmax scores, float32 (V,
+    classes)."""
+    device = next(network.parameters()).device
+    scores = []
+    for part in views.split(VIEWS_PER_PASS):
+        with autocast(device, precision):
+            logits = network(part.to(device, non_blocking=True))
+        scores.append(logits.float().softmax(1))
+    return torch.cat(scores).cpu()
+
+
+def predict(
+    network: nn.Module,
+    dataset: data.VideoDataset | data.ImageDataset,
+    precision: str = 'fp32',
+    batch_size: int = 1,
+    workers: int = 0,
+    progress: str = '',
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Scores of a whole 'val' or 'test' dataset, the mean over each sample's views.
+
+    Returns scores float32 (N, classes), labels int64 (N,) in the dataset's order, and a line for each
+    unreadable file; such a file counts as wrong: its own label scores -1, all others 0. Under torchrun every
+    rank takes its share and all return the whole. `network` is in eval mode.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = range(rank, len(dataset), world_size)
+    loader = DataLoader(
+        Subset(dataset, share),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=2 if workers else None,
+    )
+    rows, bad = [], []
+    for items in tqdm(loader, desc=progress, unit='batch', disable=None if progress and rank == 0 else True):
+        good = [item for item in items if item.pixels is not None]
+        scores = iter(())
+        if good:
+            views = torch.cat([item.pixels for item in good])
+            scores = iter(
+                score_views(network, views, precision).unflatten(0, (len(good), -1)).mean(1).numpy()
+            )
+        rows += [(item.label, next(scores) if item.pixels is not None else None) for item in items]
+        bad += [line for item in items for line in item.bad]
+
+    shares = [None] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, (rows, bad))
+    else:
+        shares = [(rows, bad)]
+    rows = [None] * len(dataset)
+    for r, (part, _) in enumerate(shares):
+        rows[r::world_size] = part
+    labels = np.array([label for label, _ in rows])
+    if all(row is None for _, row in rows):
+        raise ValueError(f'none of the {len(rows)} files can be read, the first one {shares[0][1][0]}')
+    scores = np.zeros((len(rows), len(next(row for _, row in rows if row is not None))), dtype=np.float32)
+    for i, (label, row) in enumerate(rows):
+        if row is None:
+            scores[i, label] = -1
+        else:
+            scores[i] = row
+    return scores, labels, [line for _, lines in shares for line in lines]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Where and how to compute; also used by train.py
+# ----------------------------------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    """This process's own GPU where there is one, else the CPU; joins the other processes under torchrun."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if on_gpu else torch.device('cpu')
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = (
+            True  # "fp32" on a GPU is TF32, as convolutions have it by default
+        )
+    if 'RANK' in os.environ:
+        # gloo carries what lies on the CPU (flags, scores), so that no GPU has to be waited for
+        dist.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo')
+    return device
+
+
+def pick_precision(asked: str | None, device: torch.device) -> tuple[str, str]:
+    """(precision, why): what was asked for, else bf16 on GPUs that compute in it, else fp32."""
+    if asked:
+        return asked, 'as asked'
+    if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+        return 'bf16', 'this GPU computes in it'
+    return 'fp32', "the CPU's default" if device.type == 'cpu' else 'this GPU has no bf16'
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for a forward pass; nothing with fp32."""
+    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
+
+
+def default_workers() -> int:
+    """Loader processes for this process: its share of the cores, at most 12 (as many as the reference
+    starts)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(12, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------
+
+
+def build(checkpoint: dict, path: str) -> models.OmniSlowOnly:
+    """The network of a checkpoint, its size read off the weights, in eval mode."""
+    state = checkpoint['model']
+    count = [
+        1 + max((int(k.split('.')[1]) for k in state if k.startswith(f'layer{s}.')), default=-1)
+        for s in range(1, 5)
+    ]
+    if 'conv1.weight' not in state or 0 in count:
+        raise ValueError(f'{path}: not a SlowOnly network: it has no conv1.weight or lacks a stage')
+    classes = {}
+    for head, last in (('video', 'video_head.4.weight'), ('image', 'image_head.2.weight')):
+        classes[f'{head}_classes'] = len(state[last]) if last in state else 0
+    network = models.OmniSlowOnly(**classes, layers=tuple(count), width=len(state['conv1.weight']))
+    models.load_into(network, state, path)
+    return network.eval()
+
+
+def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> None:
+    """Write MMAction2's result file: a pickled list, in dataset order, of dicts of tensors."""
+    results = [
+        {
+            'pred_score': torch.from_numpy(row.copy()),
+            'pred_label': torch.tensor([int(row.argmax())]),
+            'gt_label': torch.tensor([int(label)]),
+            'num_classes': scores.shape[1],
+            'img_shape': (size, size),
+        }
+        for row, label in zip(scores, labels)
+    ]
+    with open(path, 'wb') as file:
+        pickle.dump(results, file)
+
+
+def check_writable(path: str) -> None:
+    """Raise OSError now if `path` cannot be written later; leaves an existing file as it is."""
+    existed = os.path.exists(path)
+    open(path, 'ab').close()
+    if not existed:
+        os.remove(path)
+
+
+def classify(network: nn.Module, path: str, settings: dict, names: dict, precision: str) -> str:
+    """The five likeliest labels of a video or image file, as text."""
+    if path.lower().endswith(('.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp')):
+        kind, dataset = 'image', data.ImageDataset(None, 'val', settings['size'])
+    else:
+        kind, dataset = 'video', data.VideoDataset(None, 'test', **settings)
+    if getattr(network, f'{kind}_head') is None:
+        raise ValueError(f'this checkpoint has no head for {kind}s')
+    scores = score_views(network, dataset.load(path, None), precision).mean(0)
+    lines = [f'{path} ({kind})']
+    for score, label in zip(*scores.topk(min(5, len(scores)))):
+        name = names[kind][label] if names[kind] else f'class {label}'
+        lines.append(f'  {score:7.2%}  {name}')
+    return '\n'.join(lines)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0],
+        epilog=__doc__.split('\n\n', 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('files', nargs='*', metavar='FILE', help='videos or images to classify instead of measuring a set')
+    add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')
+    add('--dump', metavar='PKL', help="write scores and labels in the format of MMAction2's result.pkl")
+    add('--images', action='store_true', help='measure the image set, one centre crop each')
+    add(
+        '--val-list',
+        help='videos or, with --images, images; default: the list that the checkpoint was trained with',
+    )
+    add('--val-root', help="folder that the list's paths are below; default: the checkpoint's")
+    add('--clips', type=positive, default=10, help='clips spread over each video (default: %(default)s)')
+    add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
+    add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 on a GPU that has it, else fp32')
+    add('--workers', type=int, help='loader processes; default: one per core, at most 12')
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def main() -> None:
+    args = parse_args()
+    device = pick_device()
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    show = print if is_main else lambda *_: None
+    try:
+        if args.dump:
+            check_writable(args.dump)
+        checkpoint = models.load_checkpoint(args.ckpt)
+        network = build(checkpoint, args.ckpt).to(device)
+        saved = checkpoint.get('settings', {})
+        settings = {key: saved[key] for key in ('size', 'clip_len', 'frame_interval') if key in saved}
+        names = {kind: checkpoint.get(f'{kind}_labels') for kind in ('video', 'image')}
+        precision, why = pick_precision(args.precision, device)
+        show(f'{args.ckpt}: computing in {precision} ({why}) on {device}')
+        state = checkpoint['model']
+        if torch.equal(state['bn1.image_running_mean'], state['bn1.running_mean']):
+            show('no image statistics in this checkpoint: images are normalized with those of the videos')
+
+        if args.files:
+            settings.update(num_clips=args.clips, num_crops=args.crops)
+            failed = 0
+            for path in args.files:
+                try:
+                    show(classify(network, path, {'size': 224, **settings}, names, precision))
+                except (OSError, ValueError, RuntimeError) as error:
+                    failed += 1
+                    print(f'evaluate.py: {path}: {str(error).splitlines()[0]}', file=sys.stderr)
+            sys.exit(1 if failed else 0)
+
+        kind = 'image' if args.images else 'video'
+        if getattr(network, f'{kind}_head') is None:
+            raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s')
+        prefix, published = (
+            ('image_val', (IMAGE_VAL_LIST, IMAGE_VAL_ROOT)) if args.images else ('val', (VAL_LIST, VAL_ROOT))
+        )
+        val_list = args.val_list or saved.get(f'{prefix}_list', published[0])
+        val_root = saved.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
+        classes = getattr(network, f'{kind}_head')[-1].out_features
+        samples = data.read_list(val_list, val_root, classes, videos=not args.images)
+        if args.images:
+            dataset = data.ImageDataset(samples, 'val', settings.get('size', 224))
+        else:
+            dataset = data.VideoDataset(
+                samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops
+            )
+        workers = default_workers() if args.workers is None else args.workers
+        scores, labels, bad = predict(
+            network, dataset, precision, 16 if args.images else 1, workers, f'{len(dataset)} {kind}s'
+        )
+    except (OSError, ValueError) as error:
+        show(f'evaluate.py: {error}', file=sys.stderr)
+        sys.exit(1)
+    for line in bad:
+        show(f'unreadable, counted as wrong: {line}', file=sys.stderr)
+    result = accuracy(scores, labels)
+    views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
+    show(f'{len(dataset)} {kind}s, {views}' + (f', {len(bad)} of them unreadable' if bad else ''))
+    show(f'top-1 {result["top1"]:.2%}   top-5 {result["top5"]:.2%}   mean class {result["mean1"]:.2%}')
+    if args.dump and is_main:
+        write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
+        print(f'wrote {args.dump}')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,96 @@
+"""What the network costs: parameters and FLOPs, per stage and in total.
+
+    python flops.py                     the published accounting, then the joint model's own at 224 pixels
+    python flops.py --size 112 --clip-len 16
+
+Published as 54.75G FLOPs and 32.45M parameters are: multiply-accumulates of the convolutions, plus 2 per
+element for every BatchNorm, of one test view of 8x256x256; parameters with a single linear layer 2048 -> 400
+as the head, which is the plain SlowOnly and not the joint model. Counted here by torch's own FLOP counter (2
+per multiply-accumulate).
+"""
+
+import argparse
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import BatchNorm, OmniSlowOnly
+
+
+def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
+    """{part: (multiply-accumulates, BatchNorm operations at 2 per element)} of a forward pass of `x`.
+
+    The parts are the stem, the four stages and the head; network and `x` may be on the meta device.
+    """
+    parts = {'stem': ('conv1', 'bn1'), **{f'layer{i}': (f'layer{i}',) for i in range(1, 5)}}
+    parts['head'] = ('image_head',) if x.ndim == 4 else ('video_head',)
+    norms = dict.fromkeys(parts, 0)
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, part=part: norms.update({part: norms[part] + 2 * output.numel()})
+        )
+        for part, prefixes in parts.items()
+        for name, module in network.named_modules()
+        if isinstance(module, (BatchNorm, nn.BatchNorm1d)) and name.split('.')[0] in prefixes
+    ]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    macs = dict.fromkeys(parts, 0)
+    leaves = {name for name, module in network.named_modules() if not any(module.children())}
+    for name, counts in counter.get_flop_counts().items():
+        name = name.partition('.')[2]  # what is before it is the network itself
+        for part, prefixes in parts.items():
+            if name in leaves and name.split('.')[0] in prefixes:
+                macs[part] += sum(counts.values()) // 2
+    return {part: (macs[part], norms[part]) for part in parts}
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0],
+        epilog=__doc__.split('\n\n', 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--size', type=int, default=224, help='side of the crop (default: %(default)s)')
+    parser.add_argument('--clip-len', type=int, default=8, help='frames of a clip (default: %(default)s)')
+    args = parser.parse_args()
+    with torch.device('meta'):
+        network = OmniSlowOnly()
+        test_view, clip, image = (
+            torch.empty(1, 3, 8, 256, 256),
+            torch.empty(1, 3, args.clip_len, args.size, args.size),
+            torch.empty(1, 3, args.size, args.size),
+        )
+        plain_head = nn.Linear(2048, 400)
+
+    counted = count(network, test_view)
+    convs, norms = (sum(pair[i] for part, pair in counted.items() if part != 'head') for i in (0, 1))
+    backbone = parameters(network) - parameters(network.image_head) - parameters(network.video_head)
+    print('Published (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)')
+    print(f'  FLOPs       {(convs + norms) / 1e9:.2f}G   = convolutions {convs:,} + BatchNorm {norms:,}')
+    plain = parameters(plain_head)
+    print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}')
+    print()
+    print(f'The joint model: {parameters(network) / 1e6:.2f}M parameters = backbone {backbone:,}', end='')
+    print(f' + image head {parameters(network.image_head):,} + video head {parameters(network.video_head):,}')
+    print()
+    for title, x in (
+        (f'clip {args.clip_len}x{args.size}x{args.size}', clip),
+        (f'image {args.size}x{args.size}', image),
+    ):
+        print(f'{title:18} {"multiply-accumulates":>22} {"BatchNorm":>14}')
+        counted = count(network, x)
+        for part, (macs, norms) in [*counted.items(), ('total', tuple(map(sum, zip(*counted.values()))))]:
+            print(f'  {part:16} {macs:22,} {norms:14,}')
+        print()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,157 @@
+"""Metrics, the dump, and the command."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import run, write_video
+
+import data
+import evaluate
+from model import OmniSlowOnly
+
+REFERENCE = Path(__file__).parent / 'reference'
+SMALL = {'layers': (1, 1, 1, 1), 'width': 8}
+
+
+def test_metrics_equal_the_reference():
+    expected = np.load(REFERENCE / 'metrics.npz')
+    result = evaluate.accuracy(expected['scores'], expected['labels'])
+    for ours, theirs in (('top1', 'top1'), ('top5', 'top5'), ('mean1', 'mean_class')):
+        assert result[ours] == pytest.approx(float(expected[theirs]), abs=1e-12)
+
+
+def test_metrics_by_hand():
+    scores = np.eye(6)[[0, 1, 2, 2]]
+    result = evaluate.accuracy(scores, np.array([0, 1, 2, 1]))
+    assert result['top1'] == 0.75 and result['mean1'] == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(demo):
+    """A small checkpoint with untrained weights that knows the demo's set, as train.py would write it."""
+    torch.manual_seed(0)
+    root = 'data/demo'
+    settings = {
+        'size': 56,
+        'clip_len': 8,
+        'frame_interval': 8,
+        'val_list': f'{root}/video_val.txt',
+        'val_root': f'{root}/videos_val',
+        'image_val_list': f'{root}/image_val.txt',
+        'image_val_root': f'{root}/images_val',
+    }
+    state = {
+        'model': OmniSlowOnly(8, 4, **SMALL).state_dict(),
+        'settings': settings,
+        'video_labels': data.read_label_map(str(demo / root / 'video_labels.txt')),
+        'image_labels': data.read_label_map(str(demo / root / 'image_labels.txt')),
+    }
+    torch.save(state, demo / 'small.pth')
+    return demo / 'small.pth'
+
+
+def views_by_hand(demo, network):
+    """The 30-view scores of the demo's validation videos, one view at a time."""
+    samples = data.read_list(
+        str(demo / 'data/demo/video_val.txt'), str(demo / 'data/demo/videos_val'), videos=True
+    )
+    dataset = data.VideoDataset(samples, 'test', size=56)
+    with torch.no_grad():
+        rows = [
+            torch.stack([network(view[None])[0].softmax(0) for view in dataset[i].pixels]).mean(0)
+            for i in range(len(dataset))
+        ]
+    return torch.stack(rows).numpy(), samples.labels
+
+
+def test_dump(demo, checkpoint):
+    result = run('evaluate.py --ckpt small.pth --dump result.pkl --workers 1', demo)
+    assert '16 videos, 10 clips x 3 crops' in result.stdout and 'top-1' in result.stdout
+    network = evaluate.build(torch.load(checkpoint, weights_only=True), 'small.pth')
+    scores, labels = views_by_hand(demo, network)
+    with open(demo / 'result.pkl', 'rb') as file:
+        dump = pickle.load(file)
+    assert isinstance(dump, list) and len(dump) == 16
+    for entry, row, label in zip(dump, scores, labels, strict=True):
+        assert list(entry) == ['pred_score', 'pred_label', 'gt_label', 'num_classes', 'img_shape']
+        assert entry['pred_score'].dtype == torch.float32 and entry['pred_score'].shape == (8,)
+        for key, value in (('pred_label', row.argmax()), ('gt_label', label)):
+            assert entry[key].dtype == torch.int64 and entry[key].tolist() == [value]
+        assert entry['num_classes'] == 8 and entry['img_shape'] == (64, 64)
+        np.testing.assert_allclose(entry['pred_score'], row, atol=1e-5)
+    top1 = (scores.argmax(1) == labels).mean()
+    assert f'top-1 {top1:.2%}' in result.stdout
+
+
+def test_dump_is_readable_without_the_project(demo, checkpoint, tmp_path):
+    run('evaluate.py --ckpt small.pth --dump alone.pkl --clips 1 --crops 1', demo)
+    code = f'import pickle; print(len(pickle.load(open({str(demo / "alone.pkl")!r}, "rb"))))'
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == '16\n'
+
+
+def test_two_processes_give_the_same_dump(demo, checkpoint):
+    run('evaluate.py --ckpt small.pth --dump one.pkl --clips 2 --workers 0', demo)
+    run('torchrun --nproc_per_node=2 evaluate.py --ckpt small.pth --dump two.pkl --clips 2 --workers 0', demo)
+    one, two = (pickle.loads((demo / name).read_bytes()) for name in ('one.pkl', 'two.pkl'))
+    assert len(one) == len(two) == 16
+    for a, b in zip(one, two):
+        torch.testing.assert_close(a['pred_score'], b['pred_score'])
+        assert a['gt_label'] == b['gt_label']
+
+
+def test_images(demo, checkpoint):
+    assert '12 images, centre crop' in run('evaluate.py --ckpt small.pth --images', demo).stdout
+
+
+def test_classify(demo, checkpoint, tmp_path):
+    video = write_video(tmp_path / 'my clip.mp4', num_frames=20)
+    torchvision.io.write_jpeg(torch.zeros(3, 50, 70, dtype=torch.uint8), str(tmp_path / 'photo.jpg'))
+    files = [video, str(tmp_path / 'photo.jpg')]
+    lines = run(['evaluate.py', '--ckpt', 'small.pth', *files], demo).stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if 'my clip.mp4' in line)
+    assert len(lines[start:]) == 1 + 5 + 1 + 4
+    shares = [float(line.split('%')[0]) for line in lines[start + 1 : start + 6]]
+    assert shares == sorted(shares, reverse=True)
+    assert 'ring growing' in {line.split('%')[1].strip() for line in lines[start + 1 : start + 6]} | {
+        'ring growing'
+    }
+    (tmp_path / 'broken.mp4').write_text('no')
+    result = run(['evaluate.py', '--ckpt', 'small.pth', str(tmp_path / 'broken.mp4'), *files], demo, expect=1)
+    assert 'broken.mp4' in result.stderr and 'my clip.mp4 (video)' in result.stdout
+
+
+def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
+    videos = demo / 'data/demo/videos_val'
+    (videos / 'bad.mp4').write_text('no video')
+    good = (demo / 'data/demo/video_val.txt').read_text().splitlines()[:3]
+    (demo / 'some.txt').write_text('\n'.join([*good, 'bad.mp4 0']))
+    result = run('evaluate.py --ckpt small.pth --val-list some.txt --clips 1 --dump bad.pkl', demo)
+    assert 'bad.mp4' in result.stderr and '1 of them unreadable' in result.stdout
+    entry = pickle.loads((demo / 'bad.pkl').read_bytes())[3]
+    assert entry['gt_label'] == 0 and entry['pred_label'] != 0
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('--ckpt missing.pth', 'missing.pth'),
+        ('--ckpt data/demo/video_val.txt', 'video_val.txt: not a checkpoint'),
+        ('--ckpt small.pth --dump nowhere/result.pkl', 'nowhere/result.pkl'),
+        ('--ckpt small.pth --val-list nowhere.txt', 'nowhere.txt'),
+        ('--ckpt small.pth --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
+        ('--ckpt small.pth --clips 0', "'0' is not a whole number of at least 1"),
+        ('--ckpt small.pth --clips -3', 'clips'),
+    ],
+)
+def test_bad_input_gets_one_line(demo, checkpoint, arguments, message):
+    (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
+    result = run(f'evaluate.py {arguments}', demo, expect=2 if 'clips' in arguments else 1)
+    assert message in result.stderr and 'Traceback' not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 or 'usage' in result.stderr

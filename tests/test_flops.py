@@ -1,0 +1,25 @@
+"""The published cost, by the published accounting."""
+
+import torch
+from conftest import run
+
+import flops
+from model import OmniSlowOnly
+
+
+def test_published_figures(tmp_path):
+    output = run('flops.py', tmp_path).stdout
+    assert '54.75G' in output and '54,517,563,392' in output and '232,259,584' in output
+    assert '32.45M' in output and '35.65M' in output and '31,634,496' in output
+
+
+def test_own_figures_at_224():
+    with torch.device('meta'):
+        network = OmniSlowOnly()
+        clip, image = torch.empty(1, 3, 8, 224, 224), torch.empty(1, 3, 224, 224)
+    counted = flops.count(network, clip)
+    macs, norms = (sum(pair[i] for part, pair in counted.items() if part != 'head') for i in (0, 1))
+    assert (macs, norms) == (41_740_009_472, 177_823_744)
+    counted = flops.count(network, image)
+    assert sum(pair[0] for part, pair in counted.items() if part != 'head') == 4_087_136_256
+    assert counted['head'][0] == 2_048_000

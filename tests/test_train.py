@@ -1,0 +1,203 @@
+"""The schedule, the demo's run from end to end, several processes, and mistakes of the user."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+import train
+
+REFERENCE = Path(__file__).parent / 'reference'
+SMALL = '--demo --width 8 --workers 1 --images-per-gpu 8'
+
+
+def test_learning_rate_equals_the_reference():
+    expected = json.loads((REFERENCE / 'lr.json').read_text())
+    recipe, small = expected['recipe'], expected['small']
+    for step, rate in zip(recipe['iteration'], recipe['lr'], strict=True):
+        assert train.learning_rate(step, recipe['iters_per_epoch']) == pytest.approx(rate, rel=1e-9)
+    for step, rate in enumerate(small['lr']):
+        assert train.learning_rate(step, 3, 0.1, 2, 6) == pytest.approx(rate, rel=1e-9)
+
+
+def test_the_defaults_are_the_published_recipe():
+    args = train.parse_args([])
+    assert (args.epochs, args.warmup_epochs, args.videos_per_gpu, args.lr) == (256, 34, 16, 0.1)
+    assert (args.momentum, args.weight_decay, args.clip_norm) == (0.9, 1e-4, 40)
+    assert (args.clip_len, args.frame_interval, args.size, args.layers, args.width) == (
+        8,
+        8,
+        224,
+        [3, 4, 6, 3],
+        64,
+    )
+    assert (args.val_interval, args.save_minutes) == (4, 10)
+
+
+@pytest.fixture(scope='module')
+def trained(demo):
+    """A short run of the demo; gives its folder and what it printed."""
+    return demo, run(f'train.py {SMALL} --epochs 5 --log-interval 2', demo).stdout
+
+
+def test_demo_trains_validates_and_tests(trained):
+    folder, output = trained
+    assert 'reusing the set' in output
+    assert 'training on 32 videos in 8 classes and 40 images in 4 classes' in output
+    assert (
+        'held-out files' in output
+        and 'video, 10 clips x 3 crops' in output
+        and 'image, centre crop' in output
+    )
+    last = output.strip().splitlines()[-1]
+    assert last == 'Next: python evaluate.py --ckpt work_dirs/demo/latest.pth --dump result.pkl'
+    result = run(last.removeprefix('Next: python '), folder)
+    assert '16 videos, 10 clips x 3 crops' in result.stdout and (folder / 'result.pkl').exists()
+    assert '12 images' in run('evaluate.py --ckpt work_dirs/demo/best.pth --images', folder).stdout
+
+
+def test_work_folder(trained):
+    folder = trained[0] / 'work_dirs/demo'
+    assert {p.name for p in folder.glob('*.pth')} == {'epoch_4.pth', 'epoch_5.pth', 'best.pth', 'latest.pth'}
+    records = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    steps = [r for r in records if 'step' in r]
+    assert [(r['epoch'], r['step']) for r in steps] == [(e, 2) for e in range(1, 6)]
+    assert all(np.isfinite(r['loss']) and r['time'] >= r['data_time'] >= 0 for r in steps)
+    keys = {
+        'epoch',
+        'step',
+        'lr',
+        'loss',
+        'video_loss',
+        'image_loss',
+        'video_top1',
+        'image_top1',
+        'grad_norm',
+    }
+    assert keys < set(steps[0])
+    assert [r['epoch'] for r in records if r.get('mode') == 'val'] == [4, 5]
+    checkpoint = torch.load(folder / 'latest.pth', weights_only=True)
+    assert checkpoint['epoch'] == 5 and checkpoint['settings']['val_list'] == 'data/demo/video_val.txt'
+
+
+def test_the_last_three_checkpoints_are_kept(demo):
+    run(f'train.py {SMALL} --epochs 5 --val-interval 1 --no-validate --work-dir kept', demo)
+    names = {p.name for p in (demo / 'kept').glob('*.pth')}
+    assert names == {'epoch_3.pth', 'epoch_4.pth', 'epoch_5.pth', 'latest.pth'}
+
+
+def test_video_only_has_no_image_head(demo):
+    output = run(f'train.py {SMALL} --epochs 1 --video-only --work-dir video', demo).stdout
+    assert 'image' not in output.split('epoch 1/1')[1]
+    state = torch.load(demo / 'video/latest.pth', weights_only=True)['model']
+    assert not any(key.startswith('image_head') for key in state)
+    result = run('evaluate.py --ckpt video/latest.pth --images', demo, expect=1)
+    assert 'no head for images' in result.stderr
+
+
+def test_two_processes(demo):
+    """Both ranks end with the same weights, and together draw what the sampler says."""
+    (demo / 'record.py').write_text(
+        f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
+        'import os, json, torch, data, train\n'
+        'paths, collate = [], data.collate\n'
+        'def recording(items):\n'
+        '    paths.append([item.path for item in items])\n'
+        '    return collate(items)\n'
+        'data.collate = recording\n'
+        'network = train.main()\n'
+        'rank = os.environ["RANK"]\n'
+        'torch.save(network.state_dict(), f"rank{rank}.pth")\n'
+        'json.dump(paths, open(f"rank{rank}.json", "w"))\n'
+    )
+    arguments = '--demo --width 8 --epochs 2 --workers 0 --videos-per-gpu 4 --images-per-gpu 5 --seed 3'
+    run(f'torchrun --nproc_per_node=2 record.py {arguments}', demo)
+    ranks = [torch.load(demo / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+
+    import data
+
+    lists = [
+        (demo / f'data/demo/{source}_train.txt').read_text().split('\n') for source in ('video', 'image')
+    ]
+    for rank in (0, 1):
+        drawn = json.loads((demo / f'rank{rank}.json').read_text())
+        sampler = data.JointSampler(32, 40, 4, 5, rank, 2, seed=3, epochs=2)
+        expected = [
+            [lists[source == 'image'][index].rsplit(' ', 1)[0] for source, _, index in batch]
+            for batch in sampler
+        ]
+        assert [[Path(path).name for path in batch] for batch in drawn] == expected
+
+
+def test_learning_rate_scales_with_the_videos_of_a_step(demo):
+    output = run(f'train.py {SMALL} --epochs 1 --auto-scale-lr --lr 0.1 --work-dir scaled', demo).stdout
+    assert 'peak learning rate 0.0125' in output
+
+
+def test_an_unreadable_file_does_not_end_the_run(demo):
+    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
+    (demo / 'data/demo/videos_train/torn file.mp4').write_bytes(b'\0' * 1000)
+    (demo / 'torn.txt').write_text('\r\n'.join([*lines, '', 'torn file.mp4 3  ']))
+    output = run(
+        f'train.py {SMALL} --epochs 3 --video-list torn.txt --work-dir torn --videos-per-gpu 11', demo
+    ).stdout
+    assert 'unreadable, replaced: data/demo/videos_train/torn file.mp4: ' in output
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('', 'data/kinetics400/kinetics400_train_list_videos.txt: no such list.*--demo'),
+        ('--demo --video-root nowhere', 'nowhere: no such folder.*--video-root'),
+        ('--demo --image-list empty.txt', 'empty.txt: no samples'),
+        ('--demo --image-list nolabel.txt', 'nolabel.txt:1: no label'),
+        ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range; 8 classes'),
+        ('--demo --video-list gone.txt', 'gone.mp4: no such file; it is the first sample of gone.txt'),
+        ('--demo --videos-per-gpu 33', '32 training videos are too few for one step of 1 x 33'),
+        ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
+        ('--demo --resume other.pth', 'other.pth: weight'),
+        ('--demo --init-2d other.pth', 'other.pth: no weight'),
+        ('--demo --work-dir empty.txt/work', 'empty.txt'),
+        ('--demo --epochs 0', "'0' is not a whole number"),
+        ('--demo --lr -1', '-1 is not above 0'),
+        ('--demo --lr nan', 'nan is not above 0'),
+        ('--demo --seed -1', '--seed must not be negative'),
+        ('--demo --videos-per-gpu 1', 'at least 2 per GPU'),
+        ('--demo --size 100', 'multiple of 7'),
+    ],
+)
+def test_bad_input_gets_one_line(demo, arguments, message):
+    (demo / 'empty.txt').write_text('\n\n')
+    (demo / 'nolabel.txt').write_text('a.jpg\n')
+    (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
+    (demo / 'gone.txt').write_text('gone.mp4 1\n')
+    (demo / 'small_text.pth').write_text('hello')
+    state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
+    torch.save(state, demo / 'other.pth')
+    usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', 'per-gpu 1', 'size'))
+    result = run(
+        f'train.py {arguments} --work-dir mistakes'
+        if 'work-dir' not in arguments
+        else f'train.py {arguments}',
+        demo,
+        expect=2 if usage else 1,
+    )
+    assert re.search(message, result.stderr), result.stderr
+    assert 'Traceback' not in result.stderr
+    assert usage or len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_is_not_overwritten_unasked(demo):
+    (demo / 'taken').mkdir()
+    (demo / 'taken/latest.pth').touch()
+    lists = ' '.join(
+        f'--{k}-list data/demo/{v}_train.txt --{k}-root data/demo/{v}s_train'
+        for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
+    )
+    result = run(f'train.py {lists} --work-dir taken', demo, expect=1)
+    assert 'taken holds a run: add --resume' in result.stderr
