@@ -206,11 +206,36 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     return TF.resize(pixels, [height, width], InterpolationMode.BILINEAR, antialias=False)
 
 
-def resize_short_side(pixels: Tensor, side: int) -> Tensor:
-    """uint8 (..., C, H, W) -> the same picture with its shorter side at `side`."""
-    height, width = pixels.shape[-2:]
+def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit as OpenCV's INTER_LINEAR
+    does.
+
+    Weights have 11 bits and the sums are cut off, which makes about one value in ten darker by one level than
+    the exact result. A published score depends on that, so evaluation does the same; training need not.
+    """
+
+    def taps(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        at = ((torch.arange(new_size, dtype=torch.float64) + 0.5) / (new_size / size) - 0.5).float()
+        first = at.floor()
+        weights = [(part * 2048).round().int() for part in (1 - (at - first), at - first)]
+        return *(place.long().clamp(0, size - 1) for place in (first, first + 1)), *weights
+
+    (top, bottom, top_weight, bottom_weight), (left, right, left_weight, right_weight) = (
+        taps(*sizes) for sizes in zip(pixels.shape[-2:], (height, width))
+    )
+    resized = torch.empty(*pixels.shape[:-2], height, width, dtype=torch.uint8)
+    for frame, out in zip(pixels, resized):
+        frame = frame.contiguous()
+        rows = (frame[..., left].int() * left_weight + frame[..., right].int() * right_weight) >> 4
+        upper, lower = rows[..., top, :] * top_weight[:, None], rows[..., bottom, :] * bottom_weight[:, None]
+        out.copy_(((upper >> 16) + (lower >> 16) + 2) >> 2)
+    return resized
+
+
+def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
+    """Size of a picture of height x width once its shorter side is `side`."""
     scale = side / min(height, width)
-    return resize(pixels, int(height * scale + 0.5), int(width * scale + 0.5))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def center_crop(pixels: Tensor, size: int) -> Tensor:
@@ -357,7 +382,8 @@ class VideoDataset(Dataset):
             wanted, place = np.unique(clips, return_inverse=True)
             frames = torch.from_numpy(video.get_batch(wanted)).permute(0, 3, 1, 2)  # (N, 3, H, W)
         if min(frames.shape[-2:]) != self.short_side:
-            frames = resize_short_side(frames, self.short_side)
+            method = resize if self.mode == 'train' else resize_as_opencv
+            frames = method(frames, *short_side_to(self.short_side, *frames.shape[-2:]))
         if self.mode == 'train':
             frames = random_resized_crop(frames, self.size, rng)
             return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
@@ -394,7 +420,8 @@ class ImageDataset(Dataset):
         image = TF.to_dtype(image, torch.uint8, scale=True)  # of 16-bit PNGs
         if self.mode == 'train':
             return random_resized_crop(image, self.size, rng)
-        return center_crop(resize_short_side(image, self.size * 8 // 7), self.size).unsqueeze(0)
+        image = resize(image, *short_side_to(self.size * 8 // 7, *image.shape[-2:]))
+        return center_crop(image, self.size).unsqueeze(0)
 
 
 def _read(dataset: VideoDataset | ImageDataset, key: int | tuple[int, int]) -> Item:
@@ -427,8 +454,8 @@ def _read(dataset: VideoDataset | ImageDataset, key: int | tuple[int, int]) -> I
 class JointDataset(Dataset):
     """Both training sets behind one key: `dataset['video' or 'image', epoch, index]`."""
 
-    def __init__(self, videos: VideoDataset, images: ImageDataset | None):
-        self.sources = {'video': videos, 'image': images}
+    def __init__(self, sources: dict[str, VideoDataset | ImageDataset]):
+        self.sources = sources
 
     def __getitem__(self, key: tuple[str, int, int]) -> Item:
         source, epoch, index = key
@@ -461,18 +488,18 @@ class JointSampler(Sampler):
         self.per_gpu = {'video': videos_per_gpu, 'image': images_per_gpu}
         self.rank, self.world_size, self.seed, self.epochs = rank, world_size, seed, epochs
         self.epoch, self.done = 0, {'video': 0, 'image': 0}
-        self.steps_per_epoch = self._steps({'video': 0, 'image': 0})
+        self.steps_per_epoch = self.steps_left({'video': 0, 'image': 0})
         for source, size in self.sizes.items():
             if size < self.per_gpu[source] * world_size:
                 needed = f'{world_size} x {self.per_gpu[source]}'
                 raise ValueError(f'{size} training {source}s are too few for one step of {needed}')
 
-    def _steps(self, done: dict[str, int]) -> int:
+    def steps_left(self, done: dict[str, int]) -> int:
         """Full steps left in an epoch of which `done` samples have been drawn."""
         return min((self.sizes[s] - done[s]) // (n * self.world_size) for s, n in self.per_gpu.items() if n)
 
     def __len__(self) -> int:
-        return self._steps(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
+        return self.steps_left(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
 
     def __iter__(self):
         done = self.done
@@ -481,7 +508,7 @@ class JointSampler(Sampler):
                 s: generator(f'{s} order', self.seed, epoch).permutation(size)
                 for s, size in self.sizes.items()
             }
-            for step in range(self._steps(done)):
+            for step in range(self.steps_left(done)):
                 batch = []
                 for source, count in self.per_gpu.items():
                     start = done[source] + (step * self.world_size + self.rank) * count
@@ -491,18 +518,19 @@ class JointSampler(Sampler):
 
 
 def collate(items: list[Item]) -> dict:
-    """A step's items -> {'clips': uint8 (B, 3, T, H, W), 'images': uint8 (B, 3, H, W) or None,
-    'video_labels', 'image_labels': int64 (B,), 'paths', 'bad': lists of strings}, the pixels in channels-last
-    memory."""
+    """A step's items -> {'inputs': [clips, images], 'labels': [int64 (B,), int64 (B,)], 'paths', 'bad'}.
+
+    Clips are uint8 (B, 3, T, H, W), images (B, 3, H, W), in channels-last memory; without images they are
+    left out. `paths` and `bad` are lists of strings.
+    """
     clips = [item for item in items if item.pixels.ndim == 4]
     images = [item for item in items if item.pixels.ndim == 3]
+    inputs = [torch.stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3)]
+    if images:
+        inputs.append(torch.stack([item.pixels.permute(1, 2, 0) for item in images]).permute(0, 3, 1, 2))
     return {
-        'clips': torch.stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3),
-        'images': torch.stack([item.pixels.permute(1, 2, 0) for item in images]).permute(0, 3, 1, 2)
-        if images
-        else None,
-        'video_labels': torch.tensor([item.label for item in clips]),
-        'image_labels': torch.tensor([item.label for item in images]),
+        'inputs': inputs,
+        'labels': [torch.tensor([item.label for item in source]) for source in (clips, images) if source],
         'paths': [item.path for item in items],
         'bad': [line for item in items for line in item.bad],
     }
@@ -523,9 +551,10 @@ def make_demo(
 ):
     """Make a small set of real files below `root`: MP4 videos, JPEG images, their lists and label maps.
 
-    Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a video's
-    frames is as likely in the other direction, so it takes several to tell, and mirroring changes neither. The
-    numbers are per class. A complete set is left as it is; `image_labels.txt`, written last, says so.
+    Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
+    video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
+    neither. The numbers are per class. A complete set is left as it is; `image_labels.txt`, written last,
+    says so.
     """
     root = Path(root)
     if (root / 'image_labels.txt').exists():

@@ -14,6 +14,7 @@ joint training is OmniSource (Duan et al., https://arxiv.org/abs/2003.13042); la
 MMAction2's `slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb`.
 """
 
+import copy
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -67,7 +69,7 @@ class TemporalConv(nn.Conv2d):
     def forward(self, x: Tensor, frames: int) -> Tensor:
         if frames == 1:
             # A still picture, repeated, would meet all three taps with the same pixels.
-            return F.conv2d(x, self.weight.sum(2, keepdim=True))
+            return F.conv2d(x, self.weight.sum(2, keepdim=True), self.bias)
         height, width = x.shape[2:]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)  # (B*T, C, H, W) -> (B, C, T, H*W)
         x = super().forward(x)
@@ -183,6 +185,35 @@ class OmniSlowOnly(nn.Module):
         if images is not None:
             return self.video_head(self.features(x)), self.image_head(self.features(images))
         return (self.image_head if x.ndim == 4 else self.video_head)(self.features(x))
+
+
+class Folded(nn.Module):
+    """What is left of a BatchNorm once its affine map is part of the convolution before it: nothing."""
+
+    def forward(self, x: Tensor, is_image: bool) -> Tensor:
+        return x
+
+
+def fold_batchnorm(network: OmniSlowOnly, is_image: bool) -> OmniSlowOnly:
+    """A copy for inference on one source, with its BatchNorms folded into the convolutions: the same function
+    up to rounding, with half the passes over memory."""
+    network = copy.deepcopy(network).eval()
+
+    def fold(conv: nn.Conv2d, bn: BatchNorm) -> Folded:
+        prefix = 'image_running' if is_image else 'running'
+        mean, var = getattr(bn, f'{prefix}_mean'), getattr(bn, f'{prefix}_var')
+        weight, bias = fuse_conv_bn_weights(conv.weight, None, mean, var, bn.eps, bn.weight, bn.bias)
+        conv.weight, conv.bias = weight, bias
+        return Folded()
+
+    network.bn1 = fold(network.conv1, network.bn1)
+    for block in network.modules():
+        if isinstance(block, Bottleneck):
+            block.bn1, block.bn2 = fold(block.conv1, block.bn1), fold(block.conv2, block.bn2)
+            block.bn3 = fold(block.conv3, block.bn3)
+            if block.downsample is not None:
+                block.downsample[1] = fold(*block.downsample)
+    return network.to(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------

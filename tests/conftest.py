@@ -20,7 +20,6 @@ def write_video(
     num_frames=40,
     codec='libx264',
     size=(48, 64),
-    rate=30,
     options=None,
     pix_fmt='yuv420p',
     times=None,
@@ -31,7 +30,7 @@ def write_video(
     texture = rng.integers(0, 256, (size[0], size[1] + num_frames, 3), dtype=np.uint8)
     texture = texture // 4 + np.linspace(0, 190, texture.shape[1]).astype(np.uint8)[None, :, None]
     with av.open(str(path), 'w') as container:
-        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
         if rotation:
             stream.set_display_rotation(rotation)
@@ -67,6 +66,22 @@ def run(command, cwd, expect=0, **env):
     )
     assert result.returncode == expect, result.stdout[-3000:] + result.stderr[-3000:]
     return result
+
+
+@pytest.fixture
+def fails(demo, monkeypatch, capsys):
+    """A function that calls a program's main with bad input and gives back its one line."""
+
+    def call(main, arguments, code=1):
+        monkeypatch.chdir(demo)
+        with pytest.raises(SystemExit) as exit:
+            main(arguments.split())
+        assert exit.value.code == code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 or code == 2  # argparse prints the usage too
+        return lines[-1]
+
+    return call
 
 
 @pytest.fixture(scope='session')

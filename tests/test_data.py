@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, decode_all, run, write_video
 
@@ -147,13 +148,15 @@ def test_training_clips_are_the_reference_s_and_equally_likely(length):
 
 def test_resize_is_plain_bilinear():
     rng = np.random.default_rng(0)
-    picture = torch.from_numpy(rng.integers(0, 256, (3, 60, 90), dtype=np.uint8))
-    resized = data.resize_short_side(picture, 32)
-    assert resized.shape == (3, 32, 48) and resized.dtype == torch.uint8
-    exact = torch.nn.functional.interpolate(
-        picture[None].double(), (32, 48), mode='bilinear', antialias=False
-    )[0]
-    assert (resized - exact).abs().max() <= 1
+    picture = torch.from_numpy(rng.integers(0, 256, (2, 3, 60, 90), dtype=np.uint8))
+    assert data.short_side_to(32, 60, 90) == (32, 48) and data.short_side_to(256, 240, 320) == (256, 341)
+    for height, width in ((32, 48), (100, 150), (60, 90)):
+        exact = F.interpolate(picture.double(), (height, width), mode='bilinear', antialias=False)
+        for method in (data.resize, data.resize_as_opencv):
+            resized = method(picture, height, width)
+            assert resized.shape == (2, 3, height, width) and resized.dtype == torch.uint8
+            assert (resized - exact).abs().max() <= 1.01
+    assert torch.equal(data.resize_as_opencv(picture, 60, 90), picture)
 
 
 def test_three_crops_lie_at_the_ends_and_the_middle():
@@ -321,7 +324,9 @@ def test_workers_are_loaded_evenly_and_change_nothing(demo):
         str(demo / 'data/demo/video_train.txt'), str(demo / 'data/demo/videos_train'), videos=True
     )
     images = data.read_list(str(demo / 'data/demo/image_train.txt'), str(demo / 'data/demo/images_train'))
-    joint = data.JointDataset(data.VideoDataset(videos, size=56), data.ImageDataset(images, size=56))
+    joint = data.JointDataset(
+        {'video': data.VideoDataset(videos, size=56), 'image': data.ImageDataset(images, size=56)}
+    )
     sampler = data.JointSampler(len(videos.labels), len(images.labels), 4, 5, epochs=1)
     loaded = [
         list(
@@ -332,10 +337,10 @@ def test_workers_are_loaded_evenly_and_change_nothing(demo):
     assert len(loaded[0]) == 8
     for batches in loaded[1:]:
         for batch, other in zip(loaded[0], batches, strict=True):
-            assert batch['clips'].shape == (4, 3, 8, 56, 56) and batch['images'].shape == (5, 3, 56, 56)
-            assert torch.equal(batch['clips'], other['clips']) and torch.equal(
-                batch['images'], other['images']
-            )
+            assert [x.shape for x in batch['inputs']] == [(4, 3, 8, 56, 56), (5, 3, 56, 56)]
+            assert [x.shape for x in batch['labels']] == [(4,), (5,)]
+            for key in ('inputs', 'labels'):
+                assert all(torch.equal(a, b) for a, b in zip(batch[key], other[key], strict=True))
             assert batch['paths'] == other['paths']
 
 

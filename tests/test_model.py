@@ -155,6 +155,18 @@ def test_each_source_has_its_own_running_statistics():
     assert 'bn1.running_mean' in moved and not any('image' in key for key in moved)
 
 
+def test_folded_batchnorm_changes_nothing():
+    network = OmniSlowOnly(5, 6, **SMALL).double().train()
+    clips, images = torch.rand(2, 3, 4, 32, 32).double() * 255, torch.rand(3, 3, 32, 32).double() * 255
+    for _ in range(3):
+        network(clips, images)
+    network.eval()
+    for x in (clips, images):
+        folded = models.fold_batchnorm(network, is_image=x.ndim == 4)
+        assert not any(isinstance(module, models.BatchNorm) for module in folded.modules())
+        torch.testing.assert_close(folded(x), network(x))
+
+
 def test_a_head_can_be_left_out():
     network = OmniSlowOnly(5, 0, **SMALL)
     assert not any('image_head' in key for key in network.state_dict())
