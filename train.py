@@ -193,13 +193,14 @@ def save(checkpoint: dict, *paths: Path) -> None:
     os.close(folder)
 
 
-def find_checkpoint(args: argparse.Namespace, show) -> dict | None:
-    """What --resume asks for: the file named, or the newest good one in the work folder, or None."""
+def find_checkpoint(args: argparse.Namespace, show) -> tuple[dict | None, str]:
+    """What --resume asks for, and its path: the file named, or the newest good one in the work folder, or
+    None."""
     if args.resume != 'auto':
         checkpoint = models.load_checkpoint(args.resume)
         if 'optimizer' not in checkpoint:
             raise ValueError(f'{args.resume}: holds weights only, no training run to go on with')
-        return checkpoint
+        return checkpoint, args.resume
     newest_first = sorted(Path(args.work_dir).glob('*.pth'), key=lambda path: -path.stat().st_mtime_ns)
     for path in newest_first:
         try:
@@ -209,9 +210,9 @@ def find_checkpoint(args: argparse.Namespace, show) -> dict | None:
             continue
         if 'optimizer' in checkpoint:
             show(f'resuming from {path}')
-            return checkpoint
+            return checkpoint, str(path)
     show(f'nothing to resume in {args.work_dir}: starting afresh')
-    return None
+    return None, ''
 
 
 def changes(saved: dict, args: argparse.Namespace) -> list[str]:
@@ -397,14 +398,17 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         if world_size > 1:
             dist.barrier()
         samples, names, classes = open_lists(args)
-        checkpoint = find_checkpoint(args, show) if args.resume else None
-        if checkpoint is None and not args.demo and (work_dir / 'latest.pth').exists():
+        checkpoint, source_path = find_checkpoint(args, show) if args.resume else (None, '')
+        if checkpoint is None and not args.demo and any(work_dir.glob('*.pth')):
             raise ValueError(
                 f'{work_dir} holds a run: --resume goes on with it, --work-dir takes another folder'
             )
         work_dir.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             evaluate.check_writable(str(work_dir / 'log.jsonl'))
+            if checkpoint is None:  # only the demo gets here with an older run in the folder
+                for old in [*work_dir.glob('*.pth'), work_dir / 'log.jsonl', work_dir / 'bad_samples.txt']:
+                    old.unlink(missing_ok=True)
 
         counts = {source: len(samples[source].labels) for source in classes}
         if args.images_per_gpu is None:
@@ -429,7 +433,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
                 raise ValueError(f'{args.init_2d}: {error}') from None
             network.load_state_dict(inflated, strict=False)
         if checkpoint is not None:
-            models.load_into(network, checkpoint['model'], str(args.resume))
+            models.load_into(network, checkpoint['model'], source_path)
     except (OSError, ValueError) as error:
         raise UserError(error) from None
 
@@ -541,9 +545,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
             scaler.scale(sum(losses)).backward()
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm)
-            if (
-                precision != 'fp16'
-            ):  # the fused step leaves the weights alone where this is not 0, as with fp16
+            if precision != 'fp16':  # as the scaler does: where this is not 0, the fused step changes nothing
                 optimizer.found_inf = (~grad_norm.isfinite()).float()
             scaler.step(optimizer)
             scaler.update()

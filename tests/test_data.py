@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,6 +224,69 @@ def test_an_unreadable_sample_is_not_replaced_in_evaluation(sets):
     for source, dataset in zip(sets, (data.VideoDataset, data.ImageDataset)):
         item = dataset(source, 'val', size=56)[1]
         assert item.pixels is None and item.label == 6 and len(item.bad) == 1
+
+
+def test_odd_files_are_read_right_or_counted_as_bad(tmp_path):
+    """In the same process, one after the other, as in a loader's worker."""
+    rng = np.random.default_rng(0)
+    whole = Path(write_video(tmp_path / 'whole.mp4', num_frames=60, options={'g': '6'})).read_bytes()
+    faststart = tmp_path / 'faststart.mp4'
+    with (
+        av.open(str(tmp_path / 'whole.mp4')) as source,
+        av.open(str(faststart), 'w', options={'movflags': 'faststart'}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(str(tmp_path / 'audio.mp4'), 'w') as container:
+        stream = container.add_stream('aac', rate=16000)
+        for i in range(10):
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), dtype=np.float32), format='fltp', layout='mono'
+            )
+            frame.sample_rate, frame.pts = 16000, 1024 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    bad = {
+        'zeros.mp4': bytes(10_000),
+        'random.mp4': rng.bytes(10_000),
+        'text.mp4': b'no video' * 100,
+        'header.mp4': whole[:20],
+        'cut.mp4': whole[: len(whole) * 6 // 10],
+        'zeros.jpg': bytes(1000),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    videos, images = data.VideoDataset(None, size=56), data.ImageDataset(None, size=56)
+    for name in [*bad, 'audio.mp4', 'missing.mp4', 'missing.jpg']:
+        dataset = images if name.endswith('.jpg') else videos
+        dataset.samples = data.Samples(np.array([str(tmp_path / name).encode()]), np.array([0]))
+        dataset.mode = 'val'
+        item = dataset[0]
+        assert item.pixels is None and name in item.bad[0], name
+
+    # the whole part of a cut video whose index comes first is right; what was cut off is not there
+    (tmp_path / 'front.mp4').write_bytes(faststart.read_bytes()[: len(whole) * 6 // 10])
+    with data.VideoReader(tmp_path / 'front.mp4') as video:
+        assert 10 < len(video) < 60
+        expected = decode_all(tmp_path / 'whole.mp4')[
+            : len(video) - 4
+        ]  # the last ones may lack their references
+        np.testing.assert_array_equal(video.get_batch(range(len(expected))), expected)
+
+    picture = PIL.Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    picture.convert('CMYK').save(tmp_path / 'cmyk.jpg')
+    PIL.Image.fromarray(rng.integers(0, 65536, (40, 60), dtype=np.uint16)).save(tmp_path / 'deep.png')
+    picture.save(tmp_path / 'a.gif')
+    picture.convert('L').save(tmp_path / 'grey.jpg')
+    picture.convert('RGBA').save(tmp_path / 'alpha.png')
+    picture.resize((1, 1)).save(tmp_path / 'dot.png')
+    images.mode = 'train'
+    for name in ('cmyk.jpg', 'deep.png', 'a.gif', 'grey.jpg', 'alpha.png', 'dot.png'):
+        pixels = images.load(str(tmp_path / name), data.generator('test'))
+        assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8, name
 
 
 def test_nothing_readable_ends_with_a_line(tmp_path):

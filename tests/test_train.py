@@ -147,6 +147,40 @@ def test_an_unreadable_file_does_not_end_the_run(demo):
     assert all(line.startswith('data/demo/videos_train/torn file.mp4: ') for line in listed) and listed
 
 
+def test_too_many_unreadable_files_end_the_run(demo):
+    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
+    (demo / 'data/demo/videos_train/zeros.mp4').write_bytes(b'\0' * 1000)
+    (demo / 'many.txt').write_text('\n'.join([*lines, *['zeros.mp4 3'] * 60]))
+    result = run(f'train.py {SMALL} --epochs 3 --video-list many.txt --work-dir many', demo, expect=1)
+    assert re.search(
+        r'\d+ of the \d+ samples .* unreadable, more than --max-bad 0.01 allows; many/bad_samples.txt',
+        result.stderr,
+    )
+    assert 'Traceback' not in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(demo):
+    run(f'train.py {SMALL} --epochs 1 --work-dir broken', demo)
+    before = torch.load(demo / 'broken/latest.pth', weights_only=True)
+    result = run(f'train.py {SMALL} --epochs 9 --work-dir broken --lr 1e38 --resume', demo, expect=1)
+    assert 'changed since the checkpoint: lr 0.05 -> 1e+38' in result.stdout
+    assert re.search(
+        r'loss is not finite in epoch 2 step \d, rank 0; its files:\n  data/demo/videos_train', result.stderr
+    )
+    assert 'Traceback' not in result.stderr
+    after = torch.load(demo / 'broken/latest.pth', weights_only=True)
+    assert all(torch.equal(after['model'][key], value) for key, value in before['model'].items())
+
+
+def test_the_fused_step_leaves_weights_alone_where_told():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 0.1, 0.9, weight_decay=0.1, fused=True)
+    weight.grad = torch.full((3,), float('nan'))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
