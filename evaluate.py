@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = pick_device()
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    show = print if is_main else lambda *_: None
+    show = print if is_main else lambda *_, **__: None
     try:
         if args.dump and is_main:
             check_writable(args.dump)
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         precision, why = pick_precision(args.precision, device)
         show(f'{args.ckpt}: computing in {precision} ({why}) on {device}')
         state = checkpoint['model']
-        if torch.equal(state['bn1.image_running_mean'], state['bn1.running_mean']):
+        if network.image_head and torch.equal(state['bn1.image_running_mean'], state['bn1.running_mean']):
             show('no image statistics in this checkpoint: images are normalized with those of the videos')
 
         if args.files:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import run, write_video
 from reference import weights
 from torch import nn
 
@@ -235,6 +237,16 @@ def test_official_file_loads_without_mmengine(official, tmp_path):
     expected = models.from_mmaction2(official)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+def test_official_file_classifies_from_the_command_line(official, tmp_path):
+    mmengine_file(tmp_path / 'official.pth', official)
+    video = write_video(tmp_path / 'a.mp4', num_frames=20)
+    output = run(
+        ['evaluate.py', '--ckpt', 'official.pth', '--clips', '1', '--crops', '1', video], tmp_path
+    ).stdout
+    assert 'no image statistics in this checkpoint' in output
+    assert len(re.findall(r'%  class \d+', output)) == 5
 
 
 @pytest.mark.parametrize('legacy', [False, True])
