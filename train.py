@@ -448,6 +448,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
     optimizer = torch.optim.SGD(
         parameters, base_lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
+    for parameter in parameters:  # the fused step would leave them unset if it had to skip the first update
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     best = -1.0
     if checkpoint is not None:

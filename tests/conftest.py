@@ -16,14 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def write_video(
-    path,
-    num_frames=40,
-    codec='libx264',
-    size=(48, 64),
-    options=None,
-    pix_fmt='yuv420p',
-    times=None,
-    rotation=0,
+    path, num_frames=40, codec='libx264', size=(48, 64), options=None, pix_fmt='yuv420p', times=None
 ):
     """A video of moving noise in which no two frames are alike; `times` are presentation times in 1/600 s."""
     rng = np.random.default_rng(num_frames)
@@ -32,8 +25,6 @@ def write_video(
     with av.open(str(path), 'w') as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
-        if rotation:
-            stream.set_display_rotation(rotation)
         if times is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 600)
         for i in range(num_frames):

@@ -86,6 +86,12 @@ def test_the_last_three_checkpoints_are_kept(demo):
     assert names == {'epoch_3.pth', 'epoch_4.pth', 'epoch_5.pth', 'latest.pth'}
 
 
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_mixed_precision(demo, precision):
+    output = run(f'train.py {SMALL} --epochs 2 --precision {precision} --work-dir {precision}', demo).stdout
+    assert f'{precision} (as asked)' in output and 'epoch 2/2 step 2/2' in output
+
+
 def test_video_only_has_no_image_head(demo):
     output = run(f'train.py {SMALL} --epochs 1 --video-only --work-dir video', demo).stdout
     assert 'image' not in output.split('epoch 1/1')[1]
