@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -515,6 +516,12 @@ class JointSampler(Sampler):
                     batch += [(source, epoch, int(index)) for index in order[source][start : start + count]]
                 yield batch
             done = {'video': 0, 'image': 0}
+
+
+def leave_signals_to_main(worker_id: int) -> None:
+    """For DataLoader's worker_init_fn: a stop signal to all processes is the main one's to answer."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def collate(items: list[Item]) -> dict:

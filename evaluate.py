@@ -93,6 +93,7 @@ def predict(
         Subset(dataset, share),
         batch_size,
         num_workers=workers,
+        worker_init_fn=data.leave_signals_to_main,
         collate_fn=list,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if workers else None,
@@ -301,6 +302,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         val_list = args.val_list or saved.get(f'{prefix}_list', published[0])
         val_root = saved.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
+        if not os.path.isfile(val_list):
+            raise FileNotFoundError(
+                f'{val_list}: no such file; run this in the folder of the training, or name a list with '
+                '--val-list and its folder with --val-root'
+            )
         classes = getattr(network, f'{kind}_head')[-1].out_features
         samples = data.read_list(val_list, val_root, classes, videos=not args.images)
         if args.images:

@@ -19,6 +19,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -442,7 +443,11 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
     net = torch.compile(network) if args.compile else network
     if world_size > 1:
         device_ids = [device.index] if device.type == 'cuda' else None
-        net = DistributedDataParallel(net, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # torch 2.15 renames the argument, 2.11 does not know the new name
+            warnings.simplefilter('ignore', FutureWarning)
+            net = DistributedDataParallel(
+                net, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     parameters = list(network.parameters())
     base_lr = args.lr * args.videos_per_gpu * world_size / 128 if args.auto_scale_lr else args.lr
     optimizer = torch.optim.SGD(
@@ -480,6 +485,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         batch_sampler=sampler,
         collate_fn=data.collate,
         num_workers=workers,
+        worker_init_fn=data.leave_signals_to_main,
         pin_memory=device.type == 'cuda',
     )
 

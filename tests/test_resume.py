@@ -50,14 +50,18 @@ def start_and_stop(demo, processes, folder, after_lines, signum, workers, save_m
     )
     line += [str(ROOT / 'train.py'), *OPTIONS.split(), '--work-dir', folder, '--workers', str(workers)]
     line += ['--save-minutes', str(save_minutes), '--resume']
-    process = subprocess.Popen(line, cwd=demo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        line, cwd=demo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     log = demo / folder / 'log.jsonl'
     while process.poll() is None:
         if log.exists() and len(log.read_text().splitlines()) >= after_lines:
             if signum == signal.SIGKILL:
                 kill_everything_with(folder)
             else:
-                process.send_signal(signum)
+                os.killpg(
+                    process.pid, signum
+                )  # to the loader's workers too, as a terminal or a scheduler does
             break
         time.sleep(0.02)
     process.wait(timeout=120)
