@@ -1,6 +1,10 @@
 """From files to uint8 tensors: decoding, sampling, augmenting, and the order in which samples are drawn.
 
-    python data.py demo DIR      make the small set of videos and images that `train.py --demo` trains on
+    python data.py list DIR           list files and label map of a folder of class folders
+    python data.py check LIST         decode every file of a list; what cannot be read is written down
+    python data.py encode SRC DST     a smaller copy of a tree of videos that decodes faster
+    python data.py show OUT.png       a picture of training samples, before and after augmentation
+    python data.py demo DIR           the small set of videos and images that `train.py --demo` trains on
 
 Everything here stays uint8 (RGB, 0..255); the model normalizes. Every random choice comes from a generator
 seeded by what it is for, so a sample looks the same whichever worker makes it, before and after a restart.
@@ -14,14 +18,17 @@ import re
 import signal
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -79,6 +86,7 @@ class VideoReader:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self._stream = self._codec = None  # before the container: in the other order memory piles up slowly
         self._container.close()
 
     def _open(self) -> None:
@@ -91,23 +99,28 @@ class VideoReader:
 
     def get_batch(self, indices) -> np.ndarray:
         """Frames `indices` (any order, repeats allowed) -> uint8 (N, H, W, 3) RGB, in the order asked."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f'frames {indices.tolist()} asked of a video with {len(self)}')
-        wanted, place = np.unique(indices, return_inverse=True)
-        missing, frames = set(wanted.tolist()), {}
-        for index, frame in self._decode_from_start() if self._order is None else self._decode(wanted):
-            if index in missing:
-                missing.remove(index)
-                frames[index] = self._to_rgb(frame)
-                if not missing:
-                    break
-        if missing and self._order is not None:
-            self._order = None  # the index promised what decoding did not give
-            return self.get_batch(indices)
-        if missing:
-            raise ValueError(f'frame {min(missing)} of {len(self)} cannot be decoded')
-        return np.stack([frames[wanted[i]] for i in place])
+        wanted, place = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        frames = dict(self.frames(wanted))
+        return np.stack([frames[index] for index in wanted.tolist()])[place]
+
+    def frames(self, wanted: np.ndarray):
+        """Yield (index, frame) for each of the frames `wanted`, in any order; frame is uint8 (H, W, 3)."""
+        missing = set(np.asarray(wanted).tolist())
+        if not missing or min(missing) < 0 or max(missing) >= len(self):
+            raise IndexError(f'frames {sorted(missing)} asked of a video with {len(self)}')
+        while missing:
+            in_order = self._order is None
+            for index, frame in (
+                self._decode_from_start() if in_order else self._decode(np.array(sorted(missing)))
+            ):
+                if index in missing:
+                    missing.remove(index)
+                    yield index, self._to_rgb(frame)
+                    if not missing:
+                        break
+            if missing and in_order:
+                raise ValueError(f'frame {min(missing)} of {len(self)} cannot be decoded')
+            self._order = None  # if some are missing, the index promised what decoding did not give
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         width, height = (
@@ -204,6 +217,7 @@ def sample_frames(
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (..., C, H, W) -> (..., C, height, width): bilinear, half-pixel centres, no antialiasing."""
+    pixels = pixels.movedim(-3, -1).contiguous().movedim(-1, -3)  # torch resizes interleaved RGB fastest
     return TF.resize(pixels, [height, width], InterpolationMode.BILINEAR, antialias=False)
 
 
@@ -234,7 +248,12 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
-    """Size of a picture of height x width once its shorter side is `side`."""
+    """Size of a picture of height x width once its shorter side is `side`.
+
+    Raises ValueError where the other side is over 100 times longer: the result would fill the memory.
+    """
+    if max(height, width) > 100 * min(height, width):
+        raise ValueError(f'{width}x{height} is too long and thin')
     scale = side / min(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -281,6 +300,7 @@ def three_crops(pixels: Tensor) -> Tensor:
 # Datasets
 # ----------------------------------------------------------------------------------------------------------
 
+IMAGE_SUFFIX = re.compile(r'\.(jpg|jpeg|png|gif|webp|bmp)$', re.IGNORECASE)
 VIDEO_SUFFIX = re.compile(r'\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|ts|3gp)$', re.IGNORECASE)
 
 
@@ -316,7 +336,7 @@ def read_list(
             if label < 0 or (num_classes is not None and label >= num_classes):
                 known = f'; {num_classes} classes are known' if num_classes is not None else ''
                 raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
-            if videos and not VIDEO_SUFFIX.search(path):
+            if videos and not VIDEO_SUFFIX.search(path) and not IMAGE_SUFFIX.search(path):
                 path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
             paths.append(os.fsencode(os.path.join(root, path)))
             labels.append(label)
@@ -333,6 +353,15 @@ def read_label_map(path: str) -> list[str]:
     if all(indexed) and sorted(int(match[2]) for match in indexed) == list(range(len(names))):
         return [match[1] for match in sorted(indexed, key=lambda match: int(match[2]))]
     return names
+
+
+# what decoding a damaged file can raise
+UNREADABLE = (OSError, ValueError, RuntimeError, MemoryError, av.FFmpegError)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Item(NamedTuple):
@@ -381,10 +410,16 @@ class VideoDataset(Dataset):
         with VideoReader(path) as video:
             clips = sample_frames(len(video), self.clip_len, self.frame_interval, self.num_clips, rng)
             wanted, place = np.unique(clips, return_inverse=True)
-            frames = torch.from_numpy(video.get_batch(wanted)).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        if min(frames.shape[-2:]) != self.short_side:
-            method = resize if self.mode == 'train' else resize_as_opencv
-            frames = method(frames, *short_side_to(self.short_side, *frames.shape[-2:]))
+            frames = {}
+            for index, frame in video.frames(wanted):
+                if min(frame.shape[:2]) != self.short_side:  # at once: 80 frames of 4K would take 2 GB
+                    method = resize if self.mode == 'train' else resize_as_opencv
+                    pixels = torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
+                    pixels = method(pixels, *short_side_to(self.short_side, *frame.shape[:2]))
+                    frame = pixels[0].permute(1, 2, 0).numpy()
+                frames[index] = frame
+        frames = np.stack([frames[index] for index in wanted.tolist()])  # (N, H, W, 3)
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (N, 3, H, W)
         if self.mode == 'train':
             frames = random_resized_crop(frames, self.size, rng)
             return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
@@ -439,9 +474,8 @@ def _read(dataset: VideoDataset | ImageDataset, key: int | tuple[int, int]) -> I
         rng = generator(f'{kind} augmentation', dataset.seed, epoch, index) if training else None
         try:
             return Item(dataset.load(path, rng), label, path, bad)
-        except (OSError, ValueError, RuntimeError, MemoryError, av.FFmpegError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            bad.append(f'{path}: {reason}')
+        except UNREADABLE as error:
+            bad.append(f'{path}: {one_line(error)}')
             if not training:
                 return Item(None, label, path, bad)
     raise RuntimeError(f'{len(bad)} samples in a row are unreadable, the last one {bad[-1]}')
@@ -524,6 +558,14 @@ def leave_signals_to_main(worker_id: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def end_workers() -> None:
+    """Kill what loader workers are left; for the end of a program, which would wait for them forever
+    otherwise, as they do not listen to SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def collate(items: list[Item]) -> dict:
     """A step's items -> {'inputs': [clips, images], 'labels': [int64 (B,), int64 (B,)], 'paths', 'bad'}.
 
@@ -532,15 +574,158 @@ def collate(items: list[Item]) -> dict:
     """
     clips = [item for item in items if item.pixels.ndim == 4]
     images = [item for item in items if item.pixels.ndim == 3]
-    inputs = [torch.stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3)]
+    inputs = [_stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3)]
     if images:
-        inputs.append(torch.stack([item.pixels.permute(1, 2, 0) for item in images]).permute(0, 3, 1, 2))
+        inputs.append(_stack([item.pixels.permute(1, 2, 0) for item in images]).permute(0, 3, 1, 2))
     return {
         'inputs': inputs,
         'labels': [torch.tensor([item.label for item in source]) for source in (clips, images) if source],
         'paths': [item.path for item in items],
         'bad': [line for item in items for line in item.bad],
     }
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    """torch.stack, in a loader's worker into memory that the main process shares: it spares a copy."""
+    batch = torch.empty(len(pixels), *pixels[0].shape, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is not None:
+        batch.share_memory_()
+    return torch.stack(pixels, out=batch)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Preparing data
+# ----------------------------------------------------------------------------------------------------------
+
+
+def in_parallel(function, jobs: list[tuple], title: str):
+    """Yield function(*job) for each job, in order, computed on all cores; with a progress bar."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
+        results = pool.map(function, *zip(*jobs), chunksize=max(1, min(20, len(jobs) // 64)))
+        yield from tqdm(results, total=len(jobs), desc=title, unit='file', disable=None)
+
+
+def write_lists(folder: str, label_map: str | None = None) -> tuple[int, int]:
+    """Write `list.txt` and `labels.txt` into a folder of class folders, in alphabetical order or that of a
+    label map.
+
+    Files are found at any depth below a class folder. Returns the numbers of files and classes. Raises
+    OSError, or ValueError where there is no class folder, or one that the label map does not name.
+    """
+    root = Path(folder)
+    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    names = read_label_map(label_map) if label_map else found
+    if not found:
+        raise ValueError(f'{folder}: no class folders in it')
+    if unknown := sorted(set(found) - set(names)):
+        raise ValueError(f'{root / unknown[0]}: {label_map} has no class of this name')
+    lines = []
+    for label, name in enumerate(names):
+        files = (path for path in sorted((root / name).rglob('*')) if not path.name.startswith('.'))
+        lines += [
+            f'{path.relative_to(root)} {label}\n'
+            for path in files
+            if VIDEO_SUFFIX.search(path.name) or IMAGE_SUFFIX.search(path.name)
+        ]
+    if not lines:
+        raise ValueError(f'{folder}: no videos or images in its class folders')
+    (root / 'list.txt').write_text(''.join(lines), errors='surrogateescape')
+    (root / 'labels.txt').write_text(''.join(f'{name}\n' for name in names))
+    return len(lines), len(names)
+
+
+def check_file(path: str) -> str:
+    """Decode all of a video or image; gives '' or `path: reason`."""
+    try:
+        if IMAGE_SUFFIX.search(path):
+            ImageDataset(None, 'train').load(path, generator('check'))
+        else:
+            with VideoReader(path) as video:
+                for _ in video.frames(np.arange(len(video))):
+                    pass
+    except UNREADABLE as error:
+        return f'{path}: {one_line(error)}'
+    return ''
+
+
+def encode_video(source: Path, target: Path, short_side: int = 256, gop: int = 16) -> str:
+    """Write `source` anew as H.264 in MP4: short side at most `short_side`, a key frame every `gop` frames,
+    without sound; frame by frame the same video. A finished `target` is left alone.
+
+    Gives '' or `path: reason`. A target that is there is whole: it is written beside and renamed.
+    """
+    if target.exists():
+        return ''
+    part = target.with_name(f'{target.name}.part')
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with VideoReader(source) as video, av.open(str(part), 'w', format='mp4') as container:
+            rate = video._stream.average_rate or 30
+            options = {'crf': '20', 'preset': 'veryfast', 'x264-params': f'keyint={gop}:scenecut=0'}
+            stream = container.add_stream('libx264', rate=rate, options=options)
+            stream.pix_fmt, stream.codec_context.thread_count = 'yuv420p', 1
+            for number, frame in video._decode_from_start():
+                if frame.rotation:
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(video._to_rgb(frame)), 'rgb24')
+                if not number:
+                    side = min(short_side, frame.width, frame.height)
+                    sides = short_side_to(side, frame.height, frame.width)
+                    stream.height, stream.width = (2 * (side // 2) for side in sides)  # as 4:2:0 needs
+                frame = frame.reformat(stream.width, stream.height, 'yuv420p', interpolation='BICUBIC')
+                frame.pts, frame.time_base = number, 1 / rate
+                frame.pict_type = PictureType.NONE  # else it would be a key frame again where it was one
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+            if number + 1 < len(video):
+                raise ValueError(f'only {number + 1} of {len(video)} frames can be decoded')
+        os.replace(part, target)
+    except UNREADABLE as error:
+        part.unlink(missing_ok=True)
+        return f'{source}: {one_line(error)}'
+    return ''
+
+
+def encode_tree(source: str, target: str, short_side: int = 256, gop: int = 16) -> tuple[int, list[str]]:
+    """`encode_video` for all videos below a folder, on all cores; their number, a line for each bad one."""
+    videos = sorted(path for path in Path(source).rglob('*') if VIDEO_SUFFIX.search(path.name))
+    if not videos:
+        raise ValueError(f'{source}: no videos below it')
+    targets = [Path(target) / path.relative_to(source).with_suffix('.mp4') for path in videos]
+    if len(set(targets)) < len(targets):
+        twice = next(path for path in targets if targets.count(path) > 1)
+        raise ValueError(f'{twice}: two videos of {source} differ in their suffix only')
+    encode = partial(encode_video, short_side=short_side, gop=gop)
+    return len(videos), [line for line in in_parallel(encode, list(zip(videos, targets)), 'encoding') if line]
+
+
+def show(out: str, videos: Samples, images: Samples, count: int = 3, size: int = 112, seed: int = 0) -> None:
+    """Draw the first `count` training clips and images of epoch 0 as a PNG: what is read from the file, and
+    below it what the network is fed."""
+    datasets = VideoDataset(videos, size=size, seed=seed), ImageDataset(images, size=size, seed=seed)
+    rows, labels = [], []
+    for place in range(count):
+        rng = generator('VideoDataset augmentation', seed, 0, place)  # as for the sample itself
+        with VideoReader(videos.path(place)) as video:
+            frames = video.get_batch(sample_frames(len(video), rng=rng)[0])
+        rows += [torch.from_numpy(frames).permute(0, 3, 1, 2), datasets[0][0, place].pixels.transpose(0, 1)]
+        labels += [f'{Path(videos.path(place)).name}: label {videos.labels[place]}', 'as it is fed']
+    read = ImageDataset(images, 'val', size)
+    for title, pixels in (
+        ('images', [read[place].pixels[0] for place in range(8)]),
+        ('as they are fed', [datasets[1][0, place].pixels for place in range(8)]),
+    ):
+        rows.append(torch.stack(pixels))
+        labels.append(f'{title}, labels {images.labels[:8].tolist()}' if title == 'images' else title)
+    drawn = []
+    for pixels, label in zip(rows, labels):
+        width = round(pixels.shape[-1] * size / pixels.shape[-2])
+        grid = torchvision.utils.make_grid(resize(pixels, size, width), nrow=8, padding=2, pad_value=255)
+        grid = F.pad(grid, (0, 0, 14, 0), value=255)  # for the label
+        box = torch.tensor([[0, 0, grid.shape[2] - 1, 13]])
+        drawn.append(torchvision.utils.draw_bounding_boxes(grid, box, [label], 'white', label_colors='black'))
+    width = max(row.shape[2] for row in drawn)
+    drawn = [F.pad(row, (0, width - row.shape[2]), value=255) for row in drawn]
+    torchvision.io.write_png(torch.cat(drawn, 1), out)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -585,10 +770,8 @@ def make_demo(
                 jobs.append((root / f'{source}s_{split}' / name, classes[label], source, split, number))
                 lines.append(f'{name} {label}\n')
             (root / f'{source}_{split}.txt').write_text(''.join(lines))
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
-        done = pool.map(_draw_demo_file, *zip(*jobs), chunksize=20)
-        for _ in tqdm(done, total=len(jobs), desc=f'making {root}', unit='file', disable=None):
-            pass
+    for _ in in_parallel(_draw_demo_file, jobs, f'making {root}'):
+        pass
     (root / 'video_labels.txt').write_text('\n'.join(videos) + '\n')
     (root / 'image_labels.txt').write_text('\n'.join(DEMO_PATTERNS) + '\n')
 
@@ -639,16 +822,82 @@ def _pattern(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0],
+        epilog=__doc__.split('\n\n', 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    demo = commands.add_parser('demo', help='make the small set that `train.py --demo` trains on')
-    demo.add_argument('dir', metavar='DIR')
-    args = parser.parse_args()
+    command = commands.add_parser('list', help='write list.txt and labels.txt for a folder of class folders')
+    command.add_argument('dir', metavar='DIR')
+    command.add_argument('--labels', metavar='FILE', help='number the classes as this label map does')
+    command = commands.add_parser('check', help='decode every file of a list')
+    command.add_argument('list', metavar='LIST')
+    command.add_argument('--root', default='', help='folder that its paths are below')
+    command.add_argument('--out', default='bad_samples.txt', help='what is bad (default: %(default)s)')
+    command = commands.add_parser('encode', help='re-encode a tree of videos; done files are skipped')
+    command.add_argument('src', metavar='SRC')
+    command.add_argument('dst', metavar='DST')
+    command.add_argument(
+        '--short-side', type=positive, default=256, help='larger ones shrink (default: %(default)s)'
+    )
+    command.add_argument(
+        '--gop', type=positive, default=16, help='frames between key frames (default: %(default)s)'
+    )
+    command = commands.add_parser('show', help='draw training samples before and after augmentation')
+    command.add_argument('out', metavar='OUT.png')
+    for source in ('video', 'image'):
+        default = f'data/demo/{source}_train.txt', f'data/demo/{source}s_train'
+        command.add_argument(f'--{source}-list', default=default[0], help='(default: %(default)s)')
+        command.add_argument(f'--{source}-root', default=default[1], help='(default: %(default)s)')
+    command.add_argument('--size', type=positive, default=112, help='of the crops (default: %(default)s)')
+    command = commands.add_parser('demo', help='make the small set that `train.py --demo` trains on')
+    command.add_argument('dir', metavar='DIR')
+    args = parser.parse_args(argv)
     try:
-        make_demo(args.dir)
-    except OSError as error:
+        if args.command == 'demo':
+            make_demo(args.dir)
+        elif args.command == 'show':
+            videos = read_list(args.video_list, args.video_root, videos=True)
+            show(args.out, videos, read_list(args.image_list, args.image_root), size=args.size)
+        elif args.command == 'list':
+            files, classes = write_lists(args.dir, args.labels)
+            print(
+                f'wrote {args.dir}/list.txt with {files} files, {args.dir}/labels.txt with {classes} classes'
+            )
+        elif args.command == 'check':
+            samples = read_list(args.list, args.root, videos=True)
+            jobs = [(samples.path(i),) for i in range(len(samples.labels))]
+            finish(
+                args.list,
+                len(jobs),
+                [line for line in in_parallel(check_file, jobs, 'checking') if line],
+                args.out,
+            )
+        else:
+            finish(
+                args.src,
+                *encode_tree(args.src, args.dst, args.short_side, args.gop),
+                f'{args.dst}/bad_samples.txt',
+            )
+    except (OSError, ValueError, BrokenExecutor) as error:
         sys.exit(f'data.py: {error}')
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def finish(what: str, count: int, bad: list[str], out: str) -> None:
+    """Say how many files are bad, and end with 1 if any is."""
+    print(f'{what}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
+    if bad:
+        Path(out).write_text(''.join(f'{line}\n' for line in bad), errors='surrogateescape')
+        sys.exit(1)
 
 
 if __name__ == '__main__':

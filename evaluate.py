@@ -1,10 +1,8 @@
 """Measure a checkpoint on a validation set, or name what a file shows.
 
-    python evaluate.py --ckpt work_dirs/omni/best.pth --dump result.pkl     10 clips x 3 crops, top-1 and
-    top-5
+    python evaluate.py --ckpt work_dirs/omni/best.pth --dump result.pkl     10 clips x 3 crops, top-1, top-5
     python evaluate.py --ckpt work_dirs/omni/best.pth --images              the image set instead
-    python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    the five likeliest labels of each
-    file
+    python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    five likeliest labels of each file
     torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
 
 Lists, label names and the input's size come from the checkpoint; an official MMAction2 checkpoint has none of
@@ -57,6 +55,24 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         'top5': float(hits[:, :5].any(1).mean()),
         'mean1': float(np.mean(per_class)),
     }
+
+
+def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, count: int = 5) -> list[str]:
+    """A line for each of the classes with most errors: how many, and what it is mostly taken for."""
+    predicted = scores.argmax(1)
+    readable = scores[np.arange(len(labels)), labels] >= 0
+    wrong = readable & (predicted != labels)
+    errors = np.bincount(labels[wrong], minlength=scores.shape[1])
+    lines = []
+    for label in np.argsort(-errors, kind='stable')[:count]:
+        if errors[label]:
+            taken = np.bincount(predicted[wrong & (labels == label)], minlength=scores.shape[1])
+            likeliest = [other for other in np.argsort(-taken, kind='stable')[:3] if taken[other]]
+            shown = ', '.join(f'{names[i] if names else f"class {i}"} ({taken[i]})' for i in likeliest)
+            total = (readable & (labels == label)).sum()
+            name = names[label] if names else f'class {label}'
+            lines.append(f'{name}: {errors[label]} of {total} wrong, taken for {shown}')
+    return lines
 
 
 @torch.inference_mode()
@@ -146,7 +162,13 @@ def pick_device() -> torch.device:
         )
     if 'RANK' in os.environ:
         # gloo carries what lies on the CPU (flags, scores), so that no GPU has to be waited for
-        dist.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo')
+        backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
+        store, rank, world_size = next(dist.rendezvous('env://'))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun keeps this store when it restarts the processes, which must not meet the old ones' keys
+            # (pytorch issue 135712). On several nodes the counts may differ; the README says what helps.
+            store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
 
@@ -220,7 +242,7 @@ def check_writable(path: str) -> None:
 
 def classify(network: nn.Module, path: str, settings: dict, names: dict, precision: str) -> str:
     """The five likeliest labels of a video or image file, as text."""
-    if path.lower().endswith(('.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp')):
+    if data.IMAGE_SUFFIX.search(path):
         kind, dataset = 'image', data.ImageDataset(None, 'val', settings['size'])
     else:
         kind, dataset = 'video', data.VideoDataset(None, 'test', **settings)
@@ -250,18 +272,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='videos or, with --images, images; default: the list that the checkpoint was trained with',
     )
     add('--val-root', help="folder that the list's paths are below; default: the checkpoint's")
-    add('--clips', type=positive, default=10, help='clips spread over each video (default: %(default)s)')
+    add('--clips', type=data.positive, default=10, help='clips spread over each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 on a GPU that has it, else fp32')
     add('--workers', type=int, help='loader processes; default: one per core, at most 12')
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -322,12 +337,16 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         show(f'evaluate.py: {error}', file=sys.stderr)
         sys.exit(1)
+    finally:
+        data.end_workers()
     for line in bad:
         show(f'unreadable, counted as wrong: {line}', file=sys.stderr)
     result = accuracy(scores, labels)
     views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
     show(f'{len(dataset)} {kind}s, {views}' + (f', {len(bad)} of them unreadable' if bad else ''))
     show(f'top-1 {result["top1"]:.2%}   top-5 {result["top5"]:.2%}   mean class {result["mean1"]:.2%}')
+    if mistakes := confusions(scores, labels, names[kind]):
+        show('most errors:\n  ' + '\n  '.join(mistakes))
     if args.dump and is_main:
         write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
         print(f'wrote {args.dump}')

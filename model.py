@@ -311,6 +311,26 @@ def load_into(model: nn.Module, state_dict: dict[str, Tensor], path: str) -> Non
     model.load_state_dict(state_dict)
 
 
+def load_all_but_other_heads(model: nn.Module, state_dict: dict[str, Tensor], path: str) -> list[str]:
+    """Load weights of a network that may have other classes: a head that differs keeps its own weights.
+
+    Returns the names of those heads. Raises ValueError, as `load_into` does, where the backbones differ.
+    """
+
+    def shapes(state: dict[str, Tensor], head: str) -> dict:
+        return {key: value.shape for key, value in state.items() if key.startswith(head)}
+
+    own, kept = model.state_dict(), []
+    state = dict(state_dict)
+    for head in ('video_head.', 'image_head.'):
+        if shapes(state, head) != shapes(own, head):
+            state = {key: value for key, value in state.items() if not key.startswith(head)}
+            state |= {key: value for key, value in own.items() if key.startswith(head)}
+            kept += [head.removesuffix('_head.')] if shapes(own, head) else []
+    load_into(model, state, path)
+    return kept
+
+
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint file as data: whatever code its pickle names is never imported or run.
 

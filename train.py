@@ -1,10 +1,8 @@
 """Train one SlowOnly-R50 on videos and images together.
 
-    python train.py --demo                              everything on a small set that it makes itself, on any
-    machine
-    torchrun --nproc_per_node=8 train.py --resume       the published recipe on 8 GPUs; the same line restarts
-    it
-    python train.py --video-list train.txt --video-root videos --image-list images.txt --image-root images ...
+    python train.py --demo                           all of it on a small set that it makes itself, anywhere
+    torchrun --nproc_per_node=8 train.py --resume    the published recipe on 8 GPUs; the same line restarts it
+    python train.py --video-list train.txt --video-root videos --image-list images.txt --image-root images
 
 Each step takes a batch of videos and a batch of images through the same weights, adds the two
 cross-entropies, and does one backward pass and one SGD step. The defaults are MMAction2's published recipe
@@ -12,14 +10,19 @@ cross-entropies, and does one backward pass and one SGD step. The defaults are M
 """
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         shown = ' (default: %(default)s)' if 'default' in options else ''
         group.add_argument(flag, help=reason + shown, **options)
 
-    positive = evaluate.positive
+    positive = data.positive
     group = parser.add_argument_group('data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
@@ -108,6 +111,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clip-norm', 'bounds the norm of all gradients together', type=positive_float, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, temporal kernels inflated", metavar='CKPT')
+    add(
+        '--init',
+        'start from a checkpoint of this network, of which heads may have other classes',
+        metavar='CKPT',
+    )
 
     group = parser.add_argument_group('run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
@@ -131,6 +139,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f'--{name.replace("_", "-")} must not be negative')
     if args.size % 7:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
+    if args.init and args.init_2d:
+        parser.error('--init and --init-2d exclude each other')
     if 1 in (args.videos_per_gpu, args.images_per_gpu):
         parser.error('a batch of 1 cannot be normalized by its own statistics: at least 2 per GPU are needed')
     if args.warmup_epochs is None:
@@ -168,52 +178,120 @@ def learning_rate(
 # ----------------------------------------------------------------------------------------------------------
 
 
-def save(checkpoint: dict, *paths: Path) -> None:
-    """Write one checkpoint under several names, each of them whole or not there whenever the process dies.
+class Saver:
+    """Writes checkpoints into a folder while training goes on, one at a time.
 
-    Raises OSError where it cannot be written; what was there before is left as it is.
+    Each is whole or not there, whenever the process dies: written beside, synced, renamed. Training waits
+    for a copy in memory only, which is kept and filled again: new memory would cost more than the copy.
     """
-    temporary = paths[0].with_name(f'{paths[0].name}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f'{paths[0]} cannot be written ({reason}); the older checkpoints are intact') from None
-    for path in paths[1:]:
-        link = path.with_name(f'{path.name}.tmp')
-        link.unlink(missing_ok=True)
-        os.link(temporary, link)
-        os.replace(link, path)
-    os.replace(temporary, paths[0])
-    folder = os.open(paths[0].parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.thread = ThreadPoolExecutor(1)
+        self.copy, self.writing = None, None
+
+    def save(self, checkpoint: dict, *names: str) -> None:
+        """Save under several names, in this order, once the checkpoint before is written."""
+        self.finish()
+        self.copy = _copy(checkpoint, self.copy)
+        self.writing = self.thread.submit(self._write, names)
+
+    def finish(self) -> str:
+        """Wait until all is written; gives what went wrong, or ''."""
+        if self.writing is not None:
+            self.writing.exception()
+        return self.trouble()
+
+    def trouble(self) -> str:
+        """What has gone wrong by now, or ''."""
+        if self.writing is None or not self.writing.done() or self.writing.exception() is None:
+            return ''
+        return f'{self.writing.exception()}; the older checkpoints are intact'
+
+    def _write(self, names: tuple[str, ...]) -> None:
+        temporary = self.folder / 'checkpoint.tmp'
+        try:
+            for left in self.folder.glob('*.tmp'):
+                left.unlink()  # never written to: after a kill it can be the same file as a checkpoint
+            torch.save(self.copy, temporary)
+            with open(temporary, 'rb') as file:
+                os.fsync(file.fileno())
+            for name in names[:-1]:
+                link = self.folder / f'{name}.tmp'
+                os.link(temporary, link)
+                os.replace(link, self.folder / name)
+            os.replace(temporary, self.folder / names[-1])
+            folder = os.open(self.folder, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+            for path in sorted(self.folder.glob('epoch_*.pth'), key=_epoch)[:-3]:
+                path.unlink()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            temporary.unlink(missing_ok=True)
+            reason, free = str(error).splitlines()[0], shutil.disk_usage(self.folder).free >> 20
+            path = self.folder / names[0]
+            raise OSError(f'{path} cannot be written ({reason}), {free} MB are free there') from None
+
+
+def _copy(value, old):
+    """`value` with its tensors on the CPU, in the memory of `old`, an earlier copy, where there is one."""
+    if isinstance(value, Tensor):
+        same = isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype
+        return (old if same else torch.empty_like(value, device='cpu')).copy_(value)
+    if isinstance(value, dict):
+        old = old if isinstance(old, dict) else {}
+        return {key: _copy(part, old.get(key)) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_copy(part, None) for part in value]
+    return value
+
+
+def _epoch(path: Path) -> int:
+    """N of epoch_N.pth."""
+    number = path.stem.removeprefix('epoch_')
+    return int(number) if number.isdigit() else 0
 
 
 def find_checkpoint(args: argparse.Namespace, show) -> tuple[dict | None, str]:
     """What --resume asks for, and its path: the file named, or the newest good one in the work folder, or
-    None."""
+    None.
+
+    Raises OSError or ValueError where the named one, or every one in the folder, cannot be used.
+    """
     if args.resume != 'auto':
-        checkpoint = models.load_checkpoint(args.resume)
-        if 'optimizer' not in checkpoint:
-            raise ValueError(f'{args.resume}: holds weights only, no training run to go on with')
-        return checkpoint, args.resume
-    newest_first = sorted(Path(args.work_dir).glob('*.pth'), key=lambda path: -path.stat().st_mtime_ns)
-    for path in newest_first:
+        return _load_run(Path(args.resume)), args.resume
+    folder, damaged = Path(args.work_dir), 0
+    newest_first = [folder / 'latest.pth', *sorted(folder.glob('epoch_*.pth'), key=_epoch, reverse=True)]
+    for path in [*newest_first, folder / 'best.pth']:
         try:
-            checkpoint = models.load_checkpoint(str(path))
+            checkpoint = _load_run(path)
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError) as error:
+            damaged += 1
             show(f'skipping {error}')
             continue
-        if 'optimizer' in checkpoint:
-            show(f'resuming from {path}')
-            return checkpoint, str(path)
-    show(f'nothing to resume in {args.work_dir}: starting afresh')
+        show(f'resuming from {path}')
+        return checkpoint, str(path)
+    if damaged:
+        raise ValueError(f'{folder}: no checkpoint in it is whole; without them, --resume starts afresh')
+    show(f'nothing to resume in {folder}: starting afresh')
     return None, ''
+
+
+def _load_run(path: Path) -> dict:
+    """A checkpoint to go on from. torch.load does not look at the checksums that torch.save has written."""
+    checkpoint = models.load_checkpoint(str(path))
+    if 'optimizer' not in checkpoint:
+        raise ValueError(f'{path}: holds weights only, no training run to go on with')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = error
+    if damaged:
+        raise ValueError(f'{path}: not a checkpoint, or a damaged one (wrong checksum: {damaged})')
+    return checkpoint
 
 
 def changes(saved: dict, args: argparse.Namespace) -> list[str]:
@@ -246,17 +324,30 @@ def set_statistics(network: nn.Module, flat: Tensor) -> None:
         buffer.copy_(values.view_as(buffer))
 
 
+class UserError(Exception):
+    """The run cannot start or go on; the message says what is wrong, where, and what to do."""
+
+
+DIED = 'a process of the run has died or hangs, of too little memory perhaps; --resume goes on'
+
+
 class StopSignals:
     """Remembers SIGTERM or SIGINT, for the step boundary; a second one ends the process at once."""
 
     def __init__(self):
-        self.signum = 0
+        self.received = 0
+        self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._note)
 
     def _note(self, signum, frame) -> None:
         signal.signal(signum, signal.SIG_DFL)
-        self.signum = signum
+        self.received = signum
+
+    def asks(self) -> int:
+        """The signal, if any. Ranks that a killed torchrun has left behind stop as if it had sent one."""
+        orphaned = self.launcher is not None and os.getppid() != self.launcher
+        return self.received or (signal.SIGTERM if orphaned else 0)
 
 
 def add_up(world_size: int, *numbers: int) -> list[int]:
@@ -265,6 +356,67 @@ def add_up(world_size: int, *numbers: int) -> list[int]:
     if world_size > 1:
         dist.all_reduce(flags)
     return flags.tolist()
+
+
+def gather(world_size: int, value) -> list:
+    """What each rank has, on all ranks."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def stop_together(world_size: int, trouble: str) -> None:
+    """Raise UserError on all ranks where one of them, called with a text, is in trouble."""
+    for text in filter(None, gather(world_size, trouble)):
+        raise UserError(text)
+
+
+def lock(log) -> None:
+    """Raise OSError if another run writes to this log. The lock ends with the process, however that ends."""
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others mean a file system without locks
+            folder = Path(log.name).parent
+            raise OSError(f'{folder} is in use by a run that goes on; --work-dir takes another') from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: dict,
+    device: torch.device,
+    precision: str = 'fp32',
+    clip_norm: float = 40,
+) -> tuple[list[Tensor], tuple[Tensor, ...], list[Tensor], Tensor]:
+    """One joint step on a batch of `data.collate`: videos and images, one summed loss, one update.
+
+    Returns losses, logits and labels of each source, and the norm of all gradients before clipping, all of
+    them on the device: nothing here waits for a GPU. Where the norm is not finite, no weight is changed.
+    """
+    inputs = [x.to(device, non_blocking=True) for x in batch['inputs']]  # clips, images
+    labels = [x.to(device, non_blocking=True) for x in batch['labels']]
+    with evaluate.autocast(device, precision):
+        logits = net(*inputs)
+        logits = logits if isinstance(logits, tuple) else (logits,)
+        losses = [F.cross_entropy(l, t) for l, t in zip(logits, labels)]
+    optimizer.zero_grad()
+    scaler.scale(sum(losses)).backward()
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if precision != 'fp16':  # as the scaler does: where this is not 0, the fused step changes nothing
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+    scaler.step(optimizer)
+    scaler.update()
+    return losses, logits, labels, grad_norm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -288,11 +440,14 @@ class Meter:
         self.rows.append(torch.stack([*losses, *hits, grad_norm]).float())
         self.files.append(files)
 
-    def first_not_finite(self) -> int | None:
-        """The place, since the last reset, of the first step whose loss is not finite."""
+    def not_finite(self) -> tuple[int, list[str]] | None:
+        """The first step since the last reset whose loss is not finite: how many there were up to it, and its
+        files."""
+        if not self.rows:
+            return None
         losses = torch.stack(self.rows)[:, : len(self.rows[0]) // 2]
         broken = (~losses.isfinite()).any(1).nonzero()
-        return int(broken[0]) if len(broken) else None
+        return (int(broken[0]) + 1, self.files[broken[0]]) if len(broken) else None
 
     def read(self) -> dict[str, float]:
         """Means per step since the last reset."""
@@ -329,10 +484,6 @@ def log_line(record: dict, epochs: int, steps: int) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """The run cannot start or go on; the message says what is wrong, where, and what to do."""
 
 
 def open_lists(args: argparse.Namespace) -> tuple[dict, dict, dict]:
@@ -374,9 +525,20 @@ def main(argv: list[str] | None = None) -> models.OmniSlowOnly:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     show = tqdm.write if rank == 0 else lambda *_, **__: None
     try:
-        return run(args, device, rank, world_size, show)
+        try:
+            return run(args, device, rank, world_size, show)
+        finally:
+            data.end_workers()  # first, as the death of one would interrupt what is said below
     except UserError as error:
         show(f'train.py: {error}', file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # the log cannot be written, say
+        print(f'train.py: {error}', file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ('DataLoader', 'gloo')):
+            raise
+        print(f'train.py: {DIED} ({str(error).splitlines()[0]})', file=sys.stderr)
         sys.exit(1)
     finally:
         if dist.is_initialized():
@@ -393,24 +555,25 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
     torch.backends.cudnn.benchmark = not args.deterministic
 
     # The lists, the network and the run to go on with; whatever is wrong with them is the user's to mend.
+    log, checkpoint, trouble = open(os.devnull, 'w'), None, ''
     try:
-        if args.demo and rank == 0:
-            data.make_demo('data/demo')
-        if world_size > 1:
-            dist.barrier()
+        work_dir.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            log = open(work_dir / 'log.jsonl', 'a', buffering=1)
+            lock(log)
+            if args.demo:
+                data.make_demo('data/demo')
+    except OSError as error:
+        trouble = str(error)
+    stop_together(world_size, trouble)
+    try:
         samples, names, classes = open_lists(args)
-        checkpoint, source_path = find_checkpoint(args, show) if args.resume else (None, '')
-        if checkpoint is None and not args.demo and any(work_dir.glob('*.pth')):
+        if args.resume:
+            checkpoint, checkpoint_path = find_checkpoint(args, show)
+        elif any(work_dir.glob('*.pth')) and not args.demo:
             raise ValueError(
                 f'{work_dir} holds a run: --resume goes on with it, --work-dir takes another folder'
             )
-        work_dir.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            evaluate.check_writable(str(work_dir / 'log.jsonl'))
-            if checkpoint is None:  # only the demo gets here with an older run in the folder
-                for old in [*work_dir.glob('*.pth'), work_dir / 'log.jsonl', work_dir / 'bad_samples.txt']:
-                    old.unlink(missing_ok=True)
-
         counts = {source: len(samples[source].labels) for source in classes}
         if args.images_per_gpu is None:
             steps = max(counts['video'] // (args.videos_per_gpu * world_size), 1)
@@ -433,10 +596,25 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
             except ValueError as error:
                 raise ValueError(f'{args.init_2d}: {error}') from None
             network.load_state_dict(inflated, strict=False)
+        if args.init and checkpoint is None:
+            weights = models.load_weights(args.init)
+            fresh = models.load_all_but_other_heads(network, weights, args.init)
+            show(
+                f'starting from {args.init}'
+                + (f', with a new head for {" and ".join(fresh)}s' if fresh else '')
+            )
         if checkpoint is not None:
-            models.load_into(network, checkpoint['model'], source_path)
+            models.load_into(network, checkpoint['model'], checkpoint_path)
     except (OSError, ValueError) as error:
-        raise UserError(error) from None
+        trouble = str(error)
+    stop_together(world_size, trouble)
+    place = checkpoint and (checkpoint['epoch'], checkpoint['done'])
+    if gather(world_size, place) != [place] * world_size:
+        raise UserError(f'the processes found different checkpoints: all nodes must share {work_dir}')
+    if checkpoint is None and rank == 0:
+        log.truncate(0)
+        for old in [*work_dir.glob('*.pth'), *work_dir.glob('events.*'), work_dir / 'bad_samples.txt']:
+            old.unlink(missing_ok=True)
 
     # What learns. Every rank keeps its own running statistics, so DDP must not broadcast them.
     network.to(device)
@@ -448,12 +626,22 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
             net = DistributedDataParallel(
                 net, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    parameters = list(network.parameters())
+        # In its first backward pass DDP learns in which order gradients come, and orders its sums by it from
+        # then on. Done once on nothing, every step, the first after a restart too, adds up in that order.
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        sides = [args.clip_len, args.size, args.size]
+        nothing = [torch.zeros(3, *sides, dtype=torch.uint8)] * per_gpu['video']
+        nothing += [torch.zeros(3, *sides[1:], dtype=torch.uint8)] * per_gpu['image']
+        inputs = data.collate([data.Item(pixels, 0, '', []) for pixels in nothing])['inputs']
+        with evaluate.autocast(device, precision):
+            logits = net(*[x.to(device) for x in inputs])
+            sum(l.sum() for l in (logits if isinstance(logits, tuple) else (logits,))).backward()
+        network.load_state_dict(before)
     base_lr = args.lr * args.videos_per_gpu * world_size / 128 if args.auto_scale_lr else args.lr
     optimizer = torch.optim.SGD(
-        parameters, base_lr, args.momentum, weight_decay=args.weight_decay, fused=True
+        network.parameters(), base_lr, args.momentum, weight_decay=args.weight_decay, fused=True
     )
-    for parameter in parameters:  # the fused step would leave them unset if it had to skip the first update
+    for parameter in network.parameters():  # the fused step leaves them unset if it skips the first update
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
     best = -1.0
@@ -465,7 +653,11 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         same = len(statistics) == world_size
         set_statistics(network, (statistics[rank] if same else statistics.mean(0)).to(device))
         if not same:
-            show(f'{len(statistics)} processes -> {world_size}: the rest of the epoch is dealt out anew')
+            left = ' and '.join(f'{counts[s] - sampler.done[s]} {s}s' for s in classes)
+            show(
+                f'{len(statistics)} processes -> {world_size}: the other {left} of epoch '
+                f'{sampler.epoch + 1} are dealt out anew'
+            )
         for change in changes(checkpoint['settings'], args):
             show(f'changed since the checkpoint: {change}')
 
@@ -487,6 +679,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         num_workers=workers,
         worker_init_fn=data.leave_signals_to_main,
         pin_memory=device.type == 'cuda',
+        timeout=1800 if workers else 0,  # as long as ranks wait for one another
     )
 
     steps_per_epoch = sampler.steps_per_epoch
@@ -495,31 +688,61 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
     batch_text = ' and '.join(f'{world_size} x {n} {s}s' for s, n in per_gpu.items() if n)
     show(f'{steps_per_epoch} steps an epoch of {batch_text}, {args.epochs} epochs, learning rate {base_lr:g}')
 
-    def save_to(*file_names: str, epoch: int, done: dict[str, int]) -> None:
+    saver = Saver(work_dir)
+
+    def save(*file_names: str, epoch: int, done: dict[str, int]) -> None:
         """Save the state after `done` samples of `epoch`; called on all ranks, as each has statistics."""
         statistics = gather_statistics(network, world_size)
-        if rank > 0:
-            return
-        state = {
-            'model': network.state_dict(),
-            'optimizer': optimizer.state_dict(),
-            'scaler': scaler.state_dict(),
-            'statistics': statistics,
-            'epoch': epoch,
-            'done': done,
-            'best': best,
-            'settings': vars(args),
-            'video_labels': names['video'],
-            'image_labels': names.get('image'),
-        }
+        if rank == 0:
+            state = {
+                'model': network.state_dict(),
+                'optimizer': optimizer.state_dict(),
+                'scaler': scaler.state_dict(),
+                'statistics': statistics,
+                'epoch': epoch,
+                'done': done,
+                'best': best,
+                'settings': vars(args),
+                'video_labels': names['video'],
+                'image_labels': names.get('image'),
+            }
+            saver.save(state, *file_names)
+
+    def check_losses(meter: Meter, epoch: int, step: int) -> None:
+        """Stop all ranks where a loss of the last steps, the newest of them `step`, is not finite."""
+        trouble, found = '', meter.not_finite()
+        if found:
+            back, files = found
+            step = step - len(meter.rows) + back
+            trouble = (
+                f'loss is not finite in epoch {epoch + 1} step {step + 1}, rank {rank}; neither the weights '
+                'nor the checkpoints were touched by it. Its files:\n  ' + '\n  '.join(files)
+            )
+        stop_together(world_size, trouble)
+
+    board = None
+    if rank == 0:
         try:
-            save(state, *(work_dir / name for name in file_names))
-        except OSError as error:
-            raise UserError(error) from None
+            from torch.utils.tensorboard import SummaryWriter
+
+            done = sampler.epoch * steps_per_epoch + sampler.done['video'] // (
+                args.videos_per_gpu * world_size
+            )
+            board = SummaryWriter(str(work_dir), purge_step=done + 1, flush_secs=10)
+        except ImportError:  # it is not needed: log.jsonl has the same numbers
+            pass
+
+    def write_log(record: dict, iteration: int, tag: str) -> None:
+        """One line of log.jsonl; its numbers also as TensorBoard events, where that is installed."""
+        print(json.dumps(record), file=log)
+        for key, value in record.items() if board else ():
+            if isinstance(value, (int, float)):
+                board.add_scalar(f'{tag}/{key}', value, iteration)
 
     stop = StopSignals()
-    log = open(work_dir / 'log.jsonl', 'a', buffering=1) if rank == 0 else open(os.devnull, 'w')
-    bad_list = open(work_dir / 'bad_samples.txt', 'a', buffering=1)
+    bad_list = open(work_dir / 'bad_samples.txt', 'a+', buffering=1)
+    bad_list.seek(0)
+    listed = set(bad_list)
     batches = iter(loader)
     last_save = time.monotonic()
 
@@ -530,68 +753,59 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         meter = Meter(device)
         title = f'epoch {epoch + 1}/{args.epochs}'
         quiet = None if rank == 0 else True  # None: shown on a terminal only
-        bar = tqdm(total=steps_per_epoch, initial=first, desc=title, unit='step', leave=False, disable=quiet)
-        for step in range(first, first + sampler.steps_left(done)):
+        end = first + sampler.steps_left(done)
+        bar = tqdm(total=end, initial=first, desc=title, unit='step', leave=False, disable=quiet)
+        for step in range(first, end):
             waiting = time.perf_counter()
-            batch = next_batch(batches)
+            batch, trouble = next_batch(batches)
             meter.data_time += time.perf_counter() - waiting
 
-            # One step of the method, from here ...
+            # Between two steps: what one rank has met, all of them act on.
+            trouble, asked = trouble or saver.trouble(), stop.asks()
+            save_due = rank == 0 and time.monotonic() - last_save > 60 * args.save_minutes
+            in_trouble, save_due, terminated, interrupted, bad = add_up(
+                world_size,
+                bool(trouble),
+                save_due,
+                asked == signal.SIGTERM,
+                asked == signal.SIGINT,
+                len(batch['bad']),
+            )
+            if in_trouble:
+                stop_together(world_size, trouble)
+            for line in batch['bad']:
+                if f'{line}\n' not in listed:
+                    listed.add(f'{line}\n')
+                    print(line, file=bad_list)
+            unreadable += bad
+            drawn = sum(done.values()) + world_size * sum(per_gpu.values())
+            if unreadable > max(args.max_bad * drawn, 20):
+                raise UserError(
+                    f'{unreadable} of the {drawn} samples drawn in this epoch are unreadable, more than '
+                    f'--max-bad {args.max_bad:g} allows; {work_dir}/bad_samples.txt lists them'
+                )
+            if save_due or terminated or interrupted:
+                check_losses(meter, epoch, step - 1)
+                save('latest.pth', epoch=epoch, done=done)
+                last_save = time.monotonic()
+            if terminated or interrupted:
+                stop_together(world_size, saver.finish())
+                signum = signal.SIGTERM if terminated else signal.SIGINT
+                show(f'stopped by {signum.name} and saved; --resume goes on from here')
+                sys.exit(128 + signum)
+
             iteration = epoch * steps_per_epoch + step
             lr = learning_rate(iteration, steps_per_epoch, base_lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            inputs = [x.to(device, non_blocking=True) for x in batch['inputs']]  # clips, images
-            labels = [x.to(device, non_blocking=True) for x in batch['labels']]
             # Dropout is the one thing in a step that draws random numbers.
             torch.manual_seed(int(data.generator('dropout', args.seed, iteration, rank).integers(2**62)))
-            with evaluate.autocast(device, precision):
-                logits = net(*inputs)
-                logits = logits if isinstance(logits, tuple) else (logits,)
-                losses = [F.cross_entropy(l, t) for l, t in zip(logits, labels)]
-            optimizer.zero_grad()
-            scaler.scale(sum(losses)).backward()
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm)
-            if precision != 'fp16':  # as the scaler does: where this is not 0, the fused step changes nothing
-                optimizer.found_inf = (~grad_norm.isfinite()).float()
-            scaler.step(optimizer)
-            scaler.update()
-            # ... to here. Nothing in it waits for the GPU.
-
-            meter.add(losses, logits, labels, grad_norm, batch['paths'])
+            results = train_step(net, optimizer, scaler, batch, device, precision, args.clip_norm)
+            meter.add(*results, batch['paths'])
             bar.update()
-            for source, count in per_gpu.items():
-                done[source] += count * world_size
-            for line in batch['bad']:
-                print(line, file=bad_list)
-            log_due = (step + 1) % args.log_interval == 0 or step + 1 == steps_per_epoch
-            save_due = rank == 0 and time.monotonic() - last_save > 60 * args.save_minutes
-            broken = meter.first_not_finite() if log_due or save_due or device.type == 'cpu' else None
-            if broken is not None:
-                at = f'epoch {epoch + 1} step {step + 2 - len(meter.rows) + broken}'
-                files = '\n  '.join(meter.files[broken])
-                print(
-                    f'train.py: loss is not finite in {at}, rank {rank}; its files:\n  {files}',
-                    file=sys.stderr,
-                )
-            terminated, interrupted, save_due, broken, bad = add_up(
-                world_size,
-                stop.signum == signal.SIGTERM,
-                stop.signum == signal.SIGINT,
-                save_due,
-                broken is not None,
-                len(batch['bad']),
-            )
-            if broken:
-                raise UserError('stopped; neither the weights nor the checkpoints were touched by that step')
-            unreadable += bad
-            if unreadable > max(args.max_bad * sum(done.values()), 20):
-                raise UserError(
-                    f'{unreadable} of the {sum(done.values())} samples drawn in this epoch are unreadable, '
-                    f'more than --max-bad {args.max_bad:g} allows; {work_dir}/bad_samples.txt lists them'
-                )
-            if log_due:
+            done = {source: count + world_size * per_gpu[source] for source, count in done.items()}
+            if (step + 1) % args.log_interval == 0 or step + 1 == end:
+                check_losses(meter, epoch, step)
                 record = {'epoch': epoch + 1, 'step': step + 1, 'lr': lr, **meter.read()}
                 remaining = args.epochs * steps_per_epoch - iteration - 1
                 record |= {
@@ -600,15 +814,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
                 }
                 meter.reset()
                 show(log_line(record, args.epochs, steps_per_epoch))
-                print(json.dumps(record), file=log)
+                write_log(record, iteration + 1, 'train')
                 bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
-            if terminated or interrupted or save_due:
-                save_to('latest.pth', epoch=epoch, done=done)
-                last_save = time.monotonic()
-            if terminated or interrupted:
-                signum = signal.SIGTERM if terminated else signal.SIGINT
-                show(f'stopped by {signum.name} and saved; --resume goes on from here')
-                sys.exit(128 + signum)
         bar.close()
         if unreadable:
             show(f'{unreadable} unreadable samples were replaced, see {work_dir}/bad_samples.txt')
@@ -616,28 +823,36 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         set_statistics(network, gather_statistics(network, world_size).mean(0).to(device))
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
             result = {}
+            saver.finish()  # the loader's workers are forked, which a thread at work does not survive
             network.eval()
             for source, dataset in val_sets.items():
                 progress = f'validating {source}s'
-                scores, labels, bad = evaluate.predict(network, dataset, precision, 16, workers, progress)
+                try:
+                    scores, labels, bad = evaluate.predict(network, dataset, precision, 16, workers, progress)
+                except ValueError as error:
+                    raise UserError(error) from None
                 for line in bad:
                     show(f'unreadable, counted as wrong: {line}')
                 result |= {f'{source}_{k}': round(v, 4) for k, v in evaluate.accuracy(scores, labels).items()}
             network.train()
             if result:
-                print(json.dumps({'epoch': epoch + 1, 'mode': 'val', **result}), file=log)
+                record = {'epoch': epoch + 1, 'mode': 'val', **result}
+                write_log(record, (epoch + 1) * steps_per_epoch, 'val')
                 show(f'{title} validation  ' + '  '.join(f'{k} {v:.1%}' for k, v in result.items()))
-            file_names = [f'epoch_{epoch + 1}.pth', 'latest.pth']
+            if epoch + 1 < args.epochs:  # with fresh workers, as decoding leaves a little more memory in use
+                sampler.epoch, sampler.done = epoch + 1, {'video': 0, 'image': 0}
+                batches = iter(loader)
+            file_names = [f'epoch_{epoch + 1}.pth']
             if result.get('video_top1', -1) > best:
                 best = result['video_top1']
                 file_names.append('best.pth')
-            save_to(*file_names, epoch=epoch + 1, done={'video': 0, 'image': 0})
+            # latest.pth comes last: once a run can go on from it, the others are there
+            save(*file_names, 'latest.pth', epoch=epoch + 1, done={'video': 0, 'image': 0})
             last_save = time.monotonic()
-            if rank == 0:
-                numbered = sorted(work_dir.glob('epoch_*.pth'), key=lambda path: int(path.stem.split('_')[1]))
-                for path in numbered[:-3]:
-                    path.unlink()
 
+    stop_together(world_size, saver.finish())
+    if board:
+        board.close()
     if args.demo and val_sets:
         network.eval()
         tests = {'videos, 10 clips x 3 crops': data.VideoDataset(samples['val'], 'test', **clip)}
@@ -651,15 +866,18 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
     return network
 
 
-def next_batch(batches) -> dict:
-    """The loader's next batch; UserError where it gave up on unreadable files."""
+def next_batch(batches) -> tuple[dict, str]:
+    """The loader's next batch, and '' or why there is none."""
     try:
-        return next(batches)
+        return next(batches), ''
+    except (ConnectionError, EOFError) as error:  # it broke off while it handed over a batch
+        data.end_workers()  # else the signal that it has died interrupts what follows
+        return {'bad': []}, f'{DIED} (DataLoader worker: {error})'
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         if 'in a row are unreadable' not in last:
             raise
-        raise UserError(last.removeprefix('RuntimeError: ')) from None
+        return {'bad': []}, last.removeprefix('RuntimeError: ')
 
 
 if __name__ == '__main__':

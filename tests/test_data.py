@@ -293,6 +293,33 @@ def test_odd_files_are_read_right_or_counted_as_bad(tmp_path):
         assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8, name
 
 
+def test_unusual_videos_are_read_right(tmp_path):
+    """Each gives the frames that decoding from the start gives; none is refused for what its header says."""
+    for name, options in {
+        '4k.mp4': {'num_frames': 9, 'size': (2160, 3840), 'options': {'preset': 'ultrafast'}},
+        'no rate.avi': {'codec': 'mpeg4'},
+    }.items():
+        path = Path(write_video(tmp_path / name, **options))
+        if name == 'no rate.avi':
+            content = bytearray(path.read_bytes())
+            rate = content.index(b'strh') + 32  # the stream header's frames per second
+            content[rate : rate + 4] = bytes(4)
+            path.write_bytes(content)
+        videos = data.VideoDataset(None, size=56)
+        for videos.mode, shape in (('train', (3, 8, 56, 56)), ('val', (1, 3, 8, 56, 56))):
+            assert videos.load(str(path), data.generator('test')).shape == shape, name
+        with data.VideoReader(path) as video:
+            np.testing.assert_array_equal(video.get_batch(range(len(video))), decode_all(path), name)
+
+
+def test_a_thread_of_an_image_does_not_fill_the_memory(tmp_path):
+    PIL.Image.fromarray(np.zeros((1, 60_000, 3), dtype=np.uint8)).save(tmp_path / 'thread.png')
+    images = data.ImageDataset(data.Samples(np.array([str(tmp_path / 'thread.png').encode()]), np.array([0])))
+    assert images[0, 0].pixels.shape == (3, 224, 224)
+    images.mode = 'val'
+    assert images[0].bad == [f'{tmp_path}/thread.png: 60000x1 is too long and thin']
+
+
 def test_nothing_readable_ends_with_a_line(tmp_path):
     samples = data.Samples(np.array([b'/nowhere/a.mp4']), np.array([0]))
     with pytest.raises(RuntimeError, match='in a row are unreadable.*/nowhere/a.mp4'):
@@ -419,3 +446,67 @@ def test_demo_set_is_made_of_real_files_and_reused(demo):
     result = run(['data.py', 'demo', str(folder)], ROOT)
     assert 'reusing' in result.stdout
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+
+
+def test_lists_from_class_folders(tmp_path, capsys):
+    for name in ('b class/deep/2.mp4', 'b class/1.jpg', 'a/3.MP4', 'a/notes.txt', 'a/._3.mp4'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    data.main(['list', str(tmp_path)])
+    assert (tmp_path / 'list.txt').read_text() == 'a/3.MP4 0\nb class/1.jpg 1\nb class/deep/2.mp4 1\n'
+    assert (tmp_path / 'labels.txt').read_text() == 'a\nb class\n'
+    assert 'with 3 files' in capsys.readouterr().out
+    samples = data.read_list(str(tmp_path / 'list.txt'), str(tmp_path), 2, videos=True)
+    assert samples.path(2) == f'{tmp_path}/b class/deep/2.mp4' and samples.path(1).endswith('1.jpg')
+    (tmp_path / 'map.txt').write_text('b class\nother\n')
+    with pytest.raises(SystemExit, match='a: .*map.txt has no class of this name'):
+        data.main(['list', str(tmp_path), '--labels', str(tmp_path / 'map.txt')])
+    with pytest.raises(SystemExit, match='no class folders'):
+        data.main(['list', str(tmp_path / 'a')])
+
+
+def test_check_and_encode_name_what_is_bad_and_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('in/a').mkdir(parents=True)
+    write_video('in/a/wide.mkv', num_frames=40, size=(96, 300), codec='mpeg4')
+    write_video('in/small.mp4', num_frames=20, size=(48, 64))
+    Path('in/torn.mp4').write_bytes(b'nothing' * 100)
+    torchvision.io.write_jpeg(torch.zeros(3, 9, 9, dtype=torch.uint8), 'in/a.jpg')
+    Path('list.txt').write_text('small.mp4 0\na/wide.mkv 1\ntorn 2\na.jpg 0\n')
+    with pytest.raises(SystemExit) as exit:
+        data.main('check list.txt --root in'.split())
+    assert exit.value.code == 1 and 'list.txt: 4 files, 1 of them unreadable' in capsys.readouterr().out
+    assert Path('bad_samples.txt').read_text().startswith('in/torn.mp4: ')
+
+    Path('out/a').mkdir(parents=True)
+    Path('out/a/wide.mp4.part').write_bytes(b'half')  # of a run that was killed
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit:
+            data.main('encode in out --short-side 64 --gop 8'.split())
+        assert (
+            exit.value.code == 1
+            and 'in: 3 files, 1 of them unreadable, see out/bad' in capsys.readouterr().out
+        )
+        times = {path.name: path.stat().st_mtime_ns for path in Path('out').rglob('*.mp4')}
+        assert set(times) == {'wide.mp4', 'small.mp4'} and not list(Path('out').rglob('*.part'))
+        assert times == locals().get('first', times)
+        first = times
+    with data.VideoReader('out/a/wide.mp4') as video:
+        assert (len(video), video.get_batch([0]).shape) == (40, (1, 64, 200, 3))
+        assert np.flatnonzero(video._idr).tolist() == [0, 8, 16, 24, 32]
+        before = data.VideoReader('in/a/wide.mkv').get_batch([33])
+        before = data.resize(torch.from_numpy(before).permute(0, 3, 1, 2), 64, 200).permute(0, 2, 3, 1)
+        assert np.abs(video.get_batch([33]).astype(int) - before.numpy().astype(int)).mean() < 6
+    with data.VideoReader('out/small.mp4') as video:
+        assert video.get_batch([19]).shape == (1, 48, 64, 3)
+
+
+def test_show_draws_what_is_read_and_what_is_fed(demo, monkeypatch):
+    monkeypatch.chdir(demo)
+    data.main('show seen.png --size 56'.split())
+    picture = torchvision.io.decode_image('seen.png')
+    rows = 3 * 2 + 2  # of three clips and of the images, before and after
+    assert picture.shape[1:] == (rows * (56 + 4 + 14), 8 * (84 + 2) + 2)
+    samples = data.read_list('data/demo/image_train.txt', 'data/demo/images_train')
+    fed = data.ImageDataset(samples, size=56)[0, 0].pixels
+    assert torch.equal(picture[:, -58:-2, 2:58], fed)

@@ -26,6 +26,17 @@ def test_metrics_equal_the_reference():
         assert result[ours] == pytest.approx(float(expected[theirs]), abs=1e-12)
 
 
+def test_confusions_name_the_classes_with_most_errors():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2])
+    scores = np.eye(3)[[0, 1, 1, 2, 1, 2, 0]]
+    scores[-1] = (0, 0, -1)  # unreadable: it is taken for nothing
+    assert evaluate.confusions(scores, labels, ['a', 'b', 'c']) == [
+        'a: 2 of 3 wrong, taken for b (2)',
+        'b: 1 of 2 wrong, taken for c (1)',
+    ]
+    assert evaluate.confusions(np.eye(3), np.arange(3), None) == []
+
+
 def test_metrics_by_hand():
     scores = np.eye(6)[[0, 1, 2, 2]]
     result = evaluate.accuracy(scores, np.array([0, 1, 2, 1]))

@@ -1,8 +1,12 @@
-"""A run that is killed and resumed ends as one that never was, bit for bit."""
+"""A run that is killed and resumed ends as one that never was, bit for bit; nothing that fails loses it."""
 
+import fcntl
 import json
 import os
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +16,42 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import train
+
 OPTIONS = (
-    '--demo --width 8 --epochs 3 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 --val-interval 2'
+    '--demo --width 8 --epochs 3 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 --val-interval 2 '
+    '--no-validate'
 )
+SAVE_EACH_STEP = '--save-minutes 0.0001'
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+
+# Runs train.py, but one process sends itself a signal when it calls a function for the N-th time; once only.
+DIES = f"""
+import importlib, os, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+name, number, rank, signum, marker, *arguments = sys.argv[1:]
+module, name = importlib.import_module(name.rpartition('.')[0]), name.rpartition('.')[2]
+function, calls = getattr(module, name), []
+def dying(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == int(number) and os.environ.get('RANK', '0') == rank and not os.path.exists(marker):
+        pathlib.Path(marker).touch()
+        os.kill(os.getpid(), int(signum))
+    return function(*args, **kwargs)
+setattr(module, name, dying)
+train.main(arguments)
+"""
+
+
+@pytest.fixture(scope='module')
+def dies(demo):
+    """A function that gives the line of a run that dies: which process, in which call of which function."""
+    (demo / 'dies.py').write_text(DIES)
+    return lambda function, number, folder, rank=0, signum=signal.SIGKILL: (
+        f'dies.py {function} {number} {rank} {int(signum)} {folder}.died '
+        f'{OPTIONS} --workers 1 --work-dir {folder} --resume'
+    )
 
 
 def final(folder):
@@ -28,96 +65,231 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.fixture(scope='module', params=[1, 2])
-def undisturbed(request, demo):
-    """(processes, what a run with so many of them ends with)."""
-    folder = f'undisturbed{request.param}'
-    run(f'{launch(request.param)} {OPTIONS} --workers 1 --work-dir {folder}', demo)
-    return request.param, final(demo / folder)
+@pytest.fixture(scope='module')
+def undisturbed(demo):
+    """What a run with so many processes ends with."""
+    ends = {}
+
+    def of(processes):
+        if processes not in ends:
+            folder = f'undisturbed{processes}'
+            run(f'{launch(processes)} {OPTIONS} --workers 1 --work-dir {folder}', demo)
+            ends[processes] = final(demo / folder)
+        return ends[processes]
+
+    return of
 
 
 def launch(processes):
     return 'train.py' if processes == 1 else f'torchrun --nproc_per_node={processes} train.py'
 
 
-def start_and_stop(demo, processes, folder, after_lines, signum, workers, save_minutes):
-    """Start a run and send it a signal once its log has so many lines; gives its exit code."""
-    line = [sys.executable]
-    line += (
-        []
-        if processes == 1
-        else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    )
-    line += [str(ROOT / 'train.py'), *OPTIONS.split(), '--work-dir', folder, '--workers', str(workers)]
-    line += ['--save-minutes', str(save_minutes), '--resume']
+def start(demo, processes, folder, after_lines, options=''):
+    """Start a run, and come back once its log has so many lines."""
+    line = [] if processes == 1 else [*TORCHRUN[1:], '--standalone', f'--nproc_per_node={processes}']
+    line = [sys.executable, *line, str(ROOT / 'train.py'), *OPTIONS.split(), *options.split()]
+    line += ['--work-dir', folder, '--resume']
     process = subprocess.Popen(
         line, cwd=demo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     log = demo / folder / 'log.jsonl'
-    while process.poll() is None:
-        if log.exists() and len(log.read_text().splitlines()) >= after_lines:
-            if signum == signal.SIGKILL:
-                kill_everything_with(folder)
-            else:
-                os.killpg(
-                    process.pid, signum
-                )  # to the loader's workers too, as a terminal or a scheduler does
-            break
+    while not log.exists() or len(log.read_text().splitlines()) < after_lines:
+        assert process.poll() is None
         time.sleep(0.02)
-    process.wait(timeout=120)
-    return process.returncode
+    return process
 
 
-def kill_everything_with(argument):
-    """SIGKILL for a launcher, its ranks and their workers, which torchrun puts into sessions of their own."""
+def processes_with(argument):
+    """Everything that runs with this argument: a launcher, its ranks, their workers."""
+    found = []
     for path in Path('/proc').glob('[0-9]*/cmdline'):
         try:
             if argument.encode() in path.read_bytes().split(b'\0'):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+                found.append(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
+    return found
 
 
-@pytest.mark.parametrize(('after_lines', 'workers'), [(3, 2), (9, 0)])
-def test_killed_and_resumed(undisturbed, demo, after_lines, workers):
-    processes, expected = undisturbed
-    folder = f'killed{processes}_{after_lines}'
-    code = start_and_stop(demo, processes, folder, after_lines, signal.SIGKILL, workers, save_minutes=0.001)
-    assert code == -signal.SIGKILL
-    output = run(f'{launch(processes)} {OPTIONS} --workers 1 --work-dir {folder} --resume', demo).stdout
+@pytest.mark.parametrize('processes', [1, 2])
+def test_everything_killed_at_once(undisturbed, demo, processes):
+    folder = f'killed{processes}'
+    process = start(demo, processes, folder, 3, f'--workers 2 {SAVE_EACH_STEP}')
+    for pid in processes_with(folder):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    output = run(f'{launch(processes)} {OPTIONS} --workers 0 --work-dir {folder} --resume', demo).stdout
     assert f'resuming from {folder}/' in output
-    assert same(final(demo / folder), expected)
+    assert same(final(demo / folder), undisturbed(processes))
+
+
+@pytest.mark.parametrize(
+    ('function', 'number'),
+    [
+        ('torch.nn.utils.clip_grad_norm_', 11),  # in a step
+        ('torch.save', 9),  # before a checkpoint is written
+        ('os.fsync', 15),  # written, but nothing renamed
+        ('os.link', 1),  # it has one of its names
+        ('evaluate.score_views', 1),  # in a validation
+    ],
+)
+def test_killed_in_the_middle_of(undisturbed, demo, dies, function, number):
+    folder = f'killed in {function}'.replace(' ', '_')
+    line = f'{dies(function, number, folder)} {SAVE_EACH_STEP}'
+    if function == 'evaluate.score_views':
+        line = line.replace('--no-validate', '')
+    run(line, demo, expect=-signal.SIGKILL)
+    output = run(f'train.py {OPTIONS} --workers 2 --work-dir {folder} --resume', demo).stdout
+    assert f'resuming from {folder}/' in output
+    assert same(final(demo / folder), undisturbed(1))
+    assert not list((demo / folder).glob('*.tmp'))
+
+
+def test_torchrun_restarts_a_run_of_which_a_rank_dies(demo, dies):
+    """With three ranks, as the sums over two do not depend on their order."""
+    options = '--width 4 --videos-per-gpu 3 --images-per-gpu 4'
+    run(f'torchrun --nproc_per_node=3 train.py {OPTIONS} {options} --workers 1 --work-dir three', demo)
+    line = dies('torch.nn.utils.clip_grad_norm_', 4, 'healed', rank=1)
+    output = run(f'torchrun --nproc_per_node=3 --max-restarts=3 {line} {options} {SAVE_EACH_STEP}', demo)
+    assert 'resuming from healed/latest.pth' in output.stdout
+    assert same(final(demo / 'healed'), final(demo / 'three'))
+
+
+def test_ranks_that_lose_their_launcher_save_and_end(undisturbed, demo):
+    process = start(demo, 2, 'orphaned', 2, '--workers 1')
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while processes_with('orphaned'):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    output = run(f'{launch(2)} {OPTIONS} --workers 1 --work-dir orphaned --resume', demo).stdout
+    assert 'resuming from orphaned/latest.pth' in output
+    assert same(final(demo / 'orphaned'), undisturbed(2))
+
+
+def test_two_launchers_train_to_the_same_weights(undisturbed, demo):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        endpoint = f'127.0.0.1:{free.getsockname()[1]}'
+    line = [
+        *TORCHRUN,
+        '--nnodes=2',
+        '--nproc_per_node=1',
+        '--rdzv_backend=c10d',
+        f'--rdzv_endpoint={endpoint}',
+    ]
+    line += [str(ROOT / 'train.py'), *OPTIONS.split(), '--workers', '1', '--work-dir', 'two nodes']
+    # As one launcher of two processes sets it: the number of threads decides how sums are rounded.
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    quiet = {'cwd': demo, 'env': env, 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    nodes = [subprocess.Popen(line, **quiet) for _ in range(2)]
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    assert same(final(demo / 'two nodes'), undisturbed(2))
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, signum):
-    processes, expected = undisturbed
-    if processes > 1:
-        pytest.skip('torchrun passes signals on in its own time')
     folder = f'stopped{signum.value}'
-    code = start_and_stop(demo, processes, folder, 4, signum, 1, save_minutes=10)
-    assert code == 128 + signum
-    records = (demo / folder / 'log.jsonl').read_text().splitlines()
+    process = start(demo, 1, folder, 4, '--workers 1')
+    os.killpg(process.pid, signum)  # to the loader's workers too, as a terminal or a scheduler does
+    assert process.wait(timeout=60) == 128 + signum
+    records = [json.loads(line) for line in (demo / folder / 'log.jsonl').read_text().splitlines()]
+    steps = [record for record in records if 'step' in record]
     saved = torch.load(demo / folder / 'latest.pth', weights_only=True)
-    steps = [json.loads(line) for line in records if 'step' in json.loads(line)]
     assert (saved['epoch'], saved['done']['video'] // 4) == (steps[-1]['epoch'] - 1, steps[-1]['step'])
-    run(f'{launch(processes)} {OPTIONS} --workers 2 --work-dir {folder} --resume', demo)
-    assert same(final(demo / folder), expected)
+    run(f'{launch(1)} {OPTIONS} --workers 2 --work-dir {folder} --resume', demo)
+    assert same(final(demo / folder), undisturbed(1))
 
 
-def test_a_torn_newest_checkpoint_is_skipped(undisturbed, demo):
-    processes, expected = undisturbed
-    folder = f'undisturbed{processes}'
-    torn = demo / folder / 'latest.pth'
-    whole = torn.read_bytes()
-    torn.unlink()  # it may be a hard link of epoch_3.pth
-    torn.write_bytes(whole[: len(whole) // 2])
-    for name in ('epoch_3.pth', 'best.pth'):  # they hold the end of the run too
-        (demo / folder / name).unlink()
-    output = run(f'{launch(processes)} {OPTIONS} --workers 1 --work-dir {folder} --resume', demo).stdout
-    assert f'skipping {folder}/latest.pth: not a checkpoint, or a damaged one' in output
-    assert f'resuming from {folder}/' in output
-    assert same(final(demo / folder), expected)
+def test_another_number_of_processes_goes_on_with_what_is_left(demo, dies):
+    line = dies('torch.nn.utils.clip_grad_norm_', 3, 'regrouped', signum=signal.SIGTERM)
+    run(line, demo, expect=128 + signal.SIGTERM)
+    output = run(f'torchrun --nproc_per_node=2 train.py {OPTIONS} --work-dir regrouped --resume', demo).stdout
+    assert '1 processes -> 2: the other 20 videos and 25 images of epoch 1 are dealt out anew' in output
+    steps = [json.loads(line) for line in (demo / 'regrouped/log.jsonl').read_text().splitlines()]
+    steps = [(record['epoch'], record['step']) for record in steps if 'step' in record]
+    assert steps == [
+        *((1, i) for i in (1, 2, 3)),
+        (1, 2),
+        (1, 3),
+        *((e, i) for e in (2, 3) for i in range(1, 5)),
+    ]
+
+
+def test_damaged_checkpoints_are_named_and_skipped(undisturbed, demo, tmp_path):
+    undisturbed(1)
+    whole = (demo / 'undisturbed1/latest.pth').read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # torch.load does not notice
+    (tmp_path / 'latest.pth').write_bytes(flipped)
+    (tmp_path / 'epoch_10.pth').write_bytes(whole[: len(whole) // 2])
+    (tmp_path / 'epoch_9.pth').write_bytes(whole)
+    args, shown = train.parse_args(['--resume', '--work-dir', str(tmp_path)]), []
+    assert train.find_checkpoint(args, shown.append)[1] == f'{tmp_path}/epoch_9.pth'
+    assert f'skipping {tmp_path}/latest.pth: not a checkpoint, or a damaged one (wrong checksum' in shown[0]
+    assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint, or a damaged one' in shown[1]
+    (tmp_path / 'epoch_9.pth').unlink()
+    with pytest.raises(ValueError, match='no checkpoint in it is whole'):
+        train.find_checkpoint(args, shown.append)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
+    undisturbed(1)
+    (demo / 'full').mkdir()
+    shutil.copy(demo / 'undisturbed1/epoch_2.pth', demo / 'full')
+    before = (demo / 'full/epoch_2.pth').read_bytes()
+    options = [*OPTIONS.split(), '--workers', '0']  # the limit would hold for the memory that they share too
+    result = subprocess.run(
+        [sys.executable, str(ROOT / 'train.py'), *options, '--work-dir', 'full', '--resume'],
+        cwd=demo,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert result.returncode == 1
+    line = result.stderr.strip()
+    assert line.startswith('train.py: full/epoch_3.pth cannot be written (') and '\n' not in line
+    assert 'the older checkpoints are intact' in line
+    names = {path.name for path in (demo / 'full').iterdir() if not path.name.startswith('events.')}
+    assert names == {'epoch_2.pth', 'log.jsonl', 'bad_samples.txt'}
+    assert (demo / 'full/epoch_2.pth').read_bytes() == before
+    run(f'train.py {OPTIONS} --workers 1 --work-dir full --resume', demo)
+    assert same(final(demo / 'full'), undisturbed(1))
+
+
+def test_a_killed_loader_worker_ends_the_run_with_a_line(demo, dies):
+    result = run(dies('data.random_resized_crop', 30, 'worker'), demo, expect=1)
+    assert result.stderr.startswith('train.py: a process of the run has died or hangs')
+    assert 'DataLoader worker' in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_the_signal_of_a_dead_worker_does_not_interrupt_the_line_about_it():
+    """It can come after the broken connection, when the line is being printed."""
+
+    def report(*_):
+        raise RuntimeError('DataLoader worker is killed by signal: Killed.')
+
+    def batches():
+        raise ConnectionResetError(104, 'Connection reset by peer')
+        yield
+
+    before = signal.signal(signal.SIGCHLD, report)
+    try:
+        _, trouble = train.next_batch(batches())
+        os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert trouble.endswith('(DataLoader worker: [Errno 104] Connection reset by peer)')
+
+
+def test_a_second_run_keeps_out_of_the_folder(demo):
+    (demo / 'held').mkdir()
+    with open(demo / 'held/log.jsonl', 'w') as log:
+        fcntl.lockf(log, fcntl.LOCK_EX)
+        result = run(f'train.py {OPTIONS} --work-dir held --resume', demo, expect=1)
+    assert result.stderr.strip() == 'train.py: held is in use by a run that goes on; --work-dir takes another'
 
 
 def test_nothing_to_resume_starts_afresh(demo):
