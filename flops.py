@@ -2,6 +2,7 @@
 
     python flops.py                     the published accounting, then the joint model's own at 224 pixels
     python flops.py --size 112 --clip-len 16
+    python flops.py --plan --cores 128  what the published recipe takes, from measured rates
 
 Published as 54.75G FLOPs and 32.45M parameters are: multiply-accumulates of the convolutions, plus 2 per
 element for every BatchNorm, of one test view of 8x256x256; parameters with a single linear layer 2048 -> 400
@@ -52,6 +53,32 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
+    """Print what 256 epochs on Kinetics-400 and ImageNet take, and whether GPUs or CPUs are waited for."""
+    videos, images, epochs = 240_435, 1_281_167, 256
+    steps = videos // (16 * args.gpus)
+    images_per_gpu = images // (steps * args.gpus)
+    clips, pictures = (epochs * steps * args.gpus * count for count in (16, images_per_gpu))
+    work = 3 * 2 * (clips * clip_macs + pictures * image_macs)  # the backward pass costs two forward passes
+    terabytes = (clips * args.video_mb + pictures * args.image_mb) / 1e6
+    print(f'{epochs} epochs of {steps:,} steps on {args.gpus} GPUs')
+    print(f'  a step     16 clips and {images_per_gpu} images on each GPU')
+    print(f'  computed   {work / 1e18:,.0f} EFLOP (2 per multiply-accumulate, forward and backward)')
+    print(f'  decoded    {clips / 1e6:,.1f}M clips of 8 frames, {pictures / 1e6:,.0f}M images')
+    print(f'  read       {terabytes:,.0f} TB, if every file is read whole and none stays in memory')
+    gpu_hours = epochs * steps * args.step_ms / 3.6e6
+    cpu_hours = (clips * args.clip_ms + pictures * args.image_ms) / 3.6e6
+    enough = cpu_hours / gpu_hours
+    print(f'  GPUs       {gpu_hours:,.0f} hours at {args.step_ms:g} ms a step')
+    rates = f'{args.clip_ms:g} ms a clip and {args.image_ms:g} ms an image'
+    print(f'  CPU cores  {cpu_hours:,.0f} core hours at {rates}')
+    print(f'\n  {"cores":>6} {"hours":>7}  waiting for')
+    for cores in sorted({16, 32, 64, 128, 256, args.cores}):
+        waiting = 'GPUs' if cores >= enough else 'decoding'
+        print(f'  {cores:6} {max(gpu_hours, cpu_hours / cores):7,.0f}  {waiting}')
+    print(f'\n  {enough:,.0f} cores keep the GPUs busy')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0],
@@ -60,7 +87,23 @@ def main() -> None:
     )
     parser.add_argument('--size', type=int, default=224, help='side of the crop (default: %(default)s)')
     parser.add_argument('--clip-len', type=int, default=8, help='frames of a clip (default: %(default)s)')
+    parser.add_argument(
+        '--plan', action='store_true', help='what the published recipe takes, from these rates:'
+    )
+    for flag, default, unit in (
+        ('--gpus', 8, 'GPUs'),
+        ('--cores', 96, 'CPU cores for decoding'),
+        ('--step-ms', 70.0, 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step`'),
+        ('--clip-ms', 51.0, 'CPU time from a video file to a training clip: `tests/bench.py clip`'),
+        ('--image-ms', 1.5, 'CPU time from a JPEG to a training image'),
+        ('--video-mb', 0.6, 'mean size of a video file'),
+        ('--image-mb', 0.11, 'mean size of an image file'),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=f'{unit} (default: %(default)s)')
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if name != 'plan' and value <= 0:
+            parser.error(f'--{name.replace("_", "-")} must be above 0')
     with torch.device('meta'):
         network = OmniSlowOnly()
         test_view, clip, image = (
@@ -69,6 +112,10 @@ def main() -> None:
             torch.empty(1, 3, args.size, args.size),
         )
         plain_head = nn.Linear(2048, 400)
+
+    if args.plan:
+        plan(args, *(sum(macs for macs, _ in count(network, x).values()) for x in (clip, image)))
+        return
 
     counted = count(network, test_view)
     convs, norms = (sum(pair[i] for part, pair in counted.items() if part != 'head') for i in (0, 1))

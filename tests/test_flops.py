@@ -23,3 +23,14 @@ def test_own_figures_at_224():
     counted = flops.count(network, image)
     assert sum(pair[0] for part, pair in counted.items() if part != 'head') == 4_087_136_256
     assert counted['head'][0] == 2_048_000
+
+
+def test_plan_of_the_recipe(tmp_path):
+    """240,435 videos and 1,281,167 images, 256 epochs, 8 GPUs: the reference's steps and batches."""
+    output = run('flops.py --plan --clip-ms 36 --image-ms 3.6 --step-ms 72', tmp_path).stdout
+    assert '1,878 steps' in output and '16 clips and 85 images' in output
+    assert '61.5M clips' in output and '327M images' in output
+    # 61,538,304 clips and 326,922,240 images in core hours; 480,768 steps in hours
+    assert '942 core hours' in output and '10 hours at 72 ms' in output and '98 cores keep' in output
+    result = run('flops.py --plan --gpus 0', tmp_path, expect=2)
+    assert '--gpus must be above 0' in result.stderr
