@@ -32,6 +32,7 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -316,14 +317,26 @@ class Samples(NamedTuple):
 
 
 def read_list(
-    list_file: str, root: str = '', num_classes: int | None = None, videos: bool = False
+    list_file: str,
+    root: str = '',
+    num_classes: int | None = None,
+    videos: bool = False,
+    names: list[str] | None = None,
 ) -> Samples:
     """Read `path label` lines; paths are below `root` and may contain spaces, blank lines are skipped.
 
     With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
     too, and a name without a video suffix gets `.mp4`. Raises ValueError with file and line for a line
     without a label or with one that is negative or not below `num_classes`.
+
+    A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
     """
+    if os.path.isdir(list_file):
+        suffix = VIDEO_SUFFIX if videos else IMAGE_SUFFIX
+        paths, labels = zip(*class_files(list_file, names or class_names(list_file), suffix))
+        if num_classes is not None and max(labels) >= num_classes:
+            raise ValueError(f'{list_file}: {max(labels) + 1} class folders; {num_classes} classes are known')
+        return Samples(np.array([os.fsencode(path) for path in paths]), np.array(labels, dtype=np.int64))
     paths, labels = [], []
     with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as lines:
         for number, line in enumerate(lines, 1):
@@ -343,6 +356,32 @@ def read_list(
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
     return Samples(np.array(paths), np.array(labels, dtype=np.int64))
+
+
+def class_names(folder: str) -> list[str]:
+    """The names of a folder's class folders, in alphabetical order."""
+    try:
+        return find_classes(folder)[0]
+    except FileNotFoundError:
+        raise ValueError(f'{folder}: no class folders in it') from None
+
+
+def class_files(folder: str, names: list[str], suffix: re.Pattern) -> list[tuple[str, int]]:
+    """(path, label) of the files in a folder of class folders, at any depth; `names` numbers the classes.
+
+    Raises OSError, or ValueError where a class folder's name is not among them, or there is no file.
+    """
+    if unknown := sorted(set(class_names(folder)) - set(names)):
+        raise ValueError(f'{os.path.join(folder, unknown[0])}: no class of this name is known')
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def is_wanted(path: str) -> bool:
+        return suffix.search(path) is not None and not os.path.basename(path).startswith('.')
+
+    files = make_dataset(folder, numbers, is_valid_file=is_wanted, allow_empty=True)
+    if not files:
+        raise ValueError(f'{folder}: no file in its class folders ends with {suffix.pattern}')
+    return files
 
 
 def read_label_map(path: str) -> list[str]:
@@ -533,6 +572,10 @@ class JointSampler(Sampler):
         """Full steps left in an epoch of which `done` samples have been drawn."""
         return min((self.sizes[s] - done[s]) // (n * self.world_size) for s, n in self.per_gpu.items() if n)
 
+    def steps_done(self, done: dict[str, int]) -> int:
+        """Full steps that `done` samples of an epoch make."""
+        return min(done[s] // (n * self.world_size) for s, n in self.per_gpu.items() if n)
+
     def __len__(self) -> int:
         return self.steps_left(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
 
@@ -569,12 +612,14 @@ def end_workers() -> None:
 def collate(items: list[Item]) -> dict:
     """A step's items -> {'inputs': [clips, images], 'labels': [int64 (B,), int64 (B,)], 'paths', 'bad'}.
 
-    Clips are uint8 (B, 3, T, H, W), images (B, 3, H, W), in channels-last memory; without images they are
+    Clips are uint8 (B, 3, T, H, W), images (B, 3, H, W), in channels-last memory; a source with no item is
     left out. `paths` and `bad` are lists of strings.
     """
     clips = [item for item in items if item.pixels.ndim == 4]
     images = [item for item in items if item.pixels.ndim == 3]
-    inputs = [_stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3)]
+    inputs = []
+    if clips:
+        inputs.append(_stack([item.pixels.permute(1, 2, 3, 0) for item in clips]).permute(0, 4, 1, 2, 3))
     if images:
         inputs.append(_stack([item.pixels.permute(1, 2, 0) for item in images]).permute(0, 3, 1, 2))
     return {
@@ -609,28 +654,14 @@ def write_lists(folder: str, label_map: str | None = None) -> tuple[int, int]:
     """Write `list.txt` and `labels.txt` into a folder of class folders, in alphabetical order or that of a
     label map.
 
-    Files are found at any depth below a class folder. Returns the numbers of files and classes. Raises
-    OSError, or ValueError where there is no class folder, or one that the label map does not name.
+    Returns the numbers of files and classes. Raises what `class_files` does.
     """
-    root = Path(folder)
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    names = read_label_map(label_map) if label_map else found
-    if not found:
-        raise ValueError(f'{folder}: no class folders in it')
-    if unknown := sorted(set(found) - set(names)):
-        raise ValueError(f'{root / unknown[0]}: {label_map} has no class of this name')
-    lines = []
-    for label, name in enumerate(names):
-        files = (path for path in sorted((root / name).rglob('*')) if not path.name.startswith('.'))
-        lines += [
-            f'{path.relative_to(root)} {label}\n'
-            for path in files
-            if VIDEO_SUFFIX.search(path.name) or IMAGE_SUFFIX.search(path.name)
-        ]
-    if not lines:
-        raise ValueError(f'{folder}: no videos or images in its class folders')
-    (root / 'list.txt').write_text(''.join(lines), errors='surrogateescape')
-    (root / 'labels.txt').write_text(''.join(f'{name}\n' for name in names))
+    names = read_label_map(label_map) if label_map else class_names(folder)
+    suffix = re.compile(f'{VIDEO_SUFFIX.pattern}|{IMAGE_SUFFIX.pattern}', re.IGNORECASE)
+    files = class_files(folder, names, suffix)
+    lines = [f'{os.path.relpath(path, folder)} {label}\n' for path, label in files]
+    Path(folder, 'list.txt').write_text(''.join(lines), errors='surrogateescape')
+    Path(folder, 'labels.txt').write_text(''.join(f'{name}\n' for name in names))
     return len(lines), len(names)
 
 
@@ -716,15 +747,21 @@ def show(out: str, videos: Samples, images: Samples, count: int = 3, size: int =
     ):
         rows.append(torch.stack(pixels))
         labels.append(f'{title}, labels {images.labels[:8].tolist()}' if title == 'images' else title)
-    drawn = []
-    for pixels, label in zip(rows, labels):
+    draw_rows(out, rows, labels, size)
+
+
+def draw_rows(out: str, rows: list[Tensor], labels: list[str], size: int) -> None:
+    """Write a PNG of rows of pictures, uint8 (N, 3, H, W), drawn `size` high, each row under its label."""
+    grids = []
+    for pixels in rows:
         width = round(pixels.shape[-1] * size / pixels.shape[-2])
-        grid = torchvision.utils.make_grid(resize(pixels, size, width), nrow=8, padding=2, pad_value=255)
-        grid = F.pad(grid, (0, 0, 14, 0), value=255)  # for the label
-        box = torch.tensor([[0, 0, grid.shape[2] - 1, 13]])
+        grids.append(torchvision.utils.make_grid(resize(pixels, size, width), padding=2, pad_value=255))
+    width = max(grid.shape[2] for grid in grids)
+    drawn = []
+    for grid, label in zip(grids, labels):
+        grid = F.pad(grid, (0, width - grid.shape[2], 14, 0), value=255)  # 14 for the label
+        box = torch.tensor([[0, 0, width - 1, 13]])
         drawn.append(torchvision.utils.draw_bounding_boxes(grid, box, [label], 'white', label_colors='black'))
-    width = max(row.shape[2] for row in drawn)
-    drawn = [F.pad(row, (0, width - row.shape[2]), value=255) for row in drawn]
     torchvision.io.write_png(torch.cat(drawn, 1), out)
 
 
@@ -739,14 +776,20 @@ DEMO_FRAMES = 80
 
 
 def make_demo(
-    root: str, train_videos: int = 50, val_videos: int = 12, train_images: int = 150, val_images: int = 20
+    root: str,
+    train_videos: int = 50,
+    val_videos: int = 12,
+    train_images: int = 150,
+    val_images: int = 20,
+    clutter: float = 0,
 ):
     """Make a small set of real files below `root`: MP4 videos, JPEG images, their lists and label maps.
 
     Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
     video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
-    neither. The numbers are per class. A complete set is left as it is; `image_labels.txt`, written last,
-    says so.
+    neither. The numbers are per class. `clutter` is the strength, in levels of 255, of a coloured scene
+    behind the pattern, which makes it harder to see. A complete set is left as it is; `image_labels.txt`,
+    written last, says so.
     """
     root = Path(root)
     if (root / 'image_labels.txt').exists():
@@ -767,7 +810,8 @@ def make_demo(
             for number in range(len(classes) * count):
                 label = number % len(classes)
                 name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
-                jobs.append((root / f'{source}s_{split}' / name, classes[label], source, split, number))
+                file = root / f'{source}s_{split}' / name
+                jobs.append((file, classes[label], source, split, number, clutter))
                 lines.append(f'{name} {label}\n')
             (root / f'{source}_{split}.txt').write_text(''.join(lines))
     for _ in in_parallel(_draw_demo_file, jobs, f'making {root}'):
@@ -776,7 +820,7 @@ def make_demo(
     (root / 'image_labels.txt').write_text('\n'.join(DEMO_PATTERNS) + '\n')
 
 
-def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int) -> None:
+def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int, clutter: float) -> None:
     rng = generator(f'demo {source} {split}', number)
     pattern, _, motion = name.partition(' ')
     height, width = DEMO_SIZE
@@ -787,6 +831,9 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
     texture = rng.normal(0, 12, (height, width, 1))
     slope = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-30, 30, 3)
     back, front = rng.uniform(20, 90, 3), rng.uniform(140, 250, 3)
+    for cells in (2, 4, 8, 16) if clutter else ():
+        scene = torch.from_numpy(rng.normal(0, clutter, (1, 3, cells, cells * width // height)))
+        texture = texture + F.interpolate(scene, (height, width), mode='bilinear')[0].movedim(0, 2).numpy()
     frames = []
     for t in range(DEMO_FRAMES if source == 'video' else 1):
         cover = _pattern(pattern, (y + speed * t) / period, x / period)

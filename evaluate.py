@@ -232,6 +232,26 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
         pickle.dump(results, file)
 
 
+def show_mistakes(
+    out: str, dataset: data.VideoDataset | data.ImageDataset, scores: np.ndarray, labels: np.ndarray, names
+) -> int:
+    """Draw, as a PNG, the eight wrongly classified samples whose wrong label scores highest, each one under
+    both labels and their scores. `dataset` is a 'val' one: of a video its middle clip is drawn. Returns how
+    many there are to draw; with none, nothing is written."""
+    predicted, rows, titles = scores.argmax(1), [], []
+    own, highest = scores[np.arange(len(labels)), labels], scores.max(1)
+    wrong = np.flatnonzero((predicted != labels) & (own >= 0))  # an unreadable one has -1
+    for i in wrong[np.argsort(-highest[wrong], kind='stable')][:8]:
+        pixels = dataset[int(i)].pixels[0]  # (3, T, H, W) or (3, H, W)
+        rows.append(pixels.transpose(0, 1) if pixels.ndim == 4 else pixels.unsqueeze(0))
+        right, taken = (names[n] if names else f'class {n}' for n in (labels[i], predicted[i]))
+        file = os.path.basename(dataset.samples.path(i))
+        titles.append(f'{file}: {right} ({own[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
+    if rows:
+        data.draw_rows(out, rows, titles, 112)
+    return len(rows)
+
+
 def check_writable(path: str) -> None:
     """Raise OSError now if `path` cannot be written later; leaves an existing file as it is."""
     existed = os.path.exists(path)
@@ -266,10 +286,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('files', nargs='*', metavar='FILE', help='videos or images to classify instead of measuring a set')
     add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')
     add('--dump', metavar='PKL', help="write scores and labels in the format of MMAction2's result.pkl")
+    add('--show', metavar='PNG', help='draw the surest of the wrongly classified clips, with their scores')
     add('--images', action='store_true', help='measure the image set, one centre crop each')
     add(
         '--val-list',
-        help='videos or, with --images, images; default: the list that the checkpoint was trained with',
+        help='list or folder of class folders of videos or, with --images, images; default: the one that the '
+        'checkpoint was trained with',
     )
     add('--val-root', help="folder that the list's paths are below; default: the checkpoint's")
     add('--clips', type=data.positive, default=10, help='clips spread over each video (default: %(default)s)')
@@ -285,8 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     show = print if is_main else lambda *_, **__: None
     try:
-        if args.dump and is_main:
-            check_writable(args.dump)
+        for path in filter(None, (args.dump, args.show)) if is_main else ():
+            check_writable(path)
         checkpoint = models.load_checkpoint(args.ckpt)
         network = build(checkpoint, args.ckpt).to(device)
         saved = checkpoint.get('settings', {})
@@ -317,13 +339,15 @@ def main(argv: list[str] | None = None) -> None:
         )
         val_list = args.val_list or saved.get(f'{prefix}_list', published[0])
         val_root = saved.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
-        if not os.path.isfile(val_list):
+        if not os.path.exists(val_list):
             raise FileNotFoundError(
                 f'{val_list}: no such file; run this in the folder of the training, or name a list with '
                 '--val-list and its folder with --val-root'
             )
         classes = getattr(network, f'{kind}_head')[-1].out_features
-        samples = data.read_list(val_list, val_root, classes, videos=not args.images)
+        samples = data.read_list(val_list, val_root, classes, not args.images, names[kind])
+        if os.path.isdir(val_list):
+            names[kind] = names[kind] or data.class_names(val_list)
         if args.images:
             dataset = data.ImageDataset(samples, 'val', settings.get('size', 224))
         else:
@@ -350,6 +374,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.dump and is_main:
         write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
         print(f'wrote {args.dump}')
+    if args.show and is_main:
+        drawn = dataset if args.images else data.VideoDataset(samples, 'val', **settings)
+        count = show_mistakes(args.show, drawn, scores, labels, names[kind])
+        print(f'wrote {args.show}, {count} mistakes' if count else 'no mistakes to show')
     if dist.is_initialized():
         dist.destroy_process_group()
 

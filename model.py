@@ -275,14 +275,18 @@ def inflate_2d(state_dict: dict[str, Tensor], model: OmniSlowOnly) -> dict[str, 
     not).
 
     A 1x1 kernel where the model has a temporal one is divided evenly over the three frames, as in I3D
-    (https://arxiv.org/abs/1705.07750). Classifiers are left out. Raises ValueError naming the first weight
-    that is missing or of another shape.
+    (https://arxiv.org/abs/1705.07750). Of one of our checkpoints, trained on images, the temporal kernels are
+    taken as they are, and its image statistics for both sources. Classifiers are left out. Raises ValueError
+    naming the first weight that is missing or of another shape.
     """
+    own_format = any('image_running_' in key for key in state_dict)
     inflated = {}
     for key, own in model.state_dict().items():
         if key.startswith(('image_head.', 'video_head.')):
             continue
         source = key.replace('image_running_', 'running_')
+        if own_format:
+            source = source.replace('running_', 'image_running_')
         value = state_dict.get(source, state_dict.get(f'backbone.{source}'))
         if value is None and key.endswith('num_batches_tracked'):
             value = torch.zeros_like(own)  # files from before PyTorch 0.4.1 lack it

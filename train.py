@@ -81,15 +81,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group('data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
-    add('--video-list', 'lines of "path label"', default=f'{kinetics}/kinetics400_train_list_videos.txt')
+    add(
+        '--video-list',
+        'lines of "path label", or a folder of class folders',
+        default=f'{kinetics}/kinetics400_train_list_videos.txt',
+    )
     add('--video-root', 'folder that its paths are below', default=f'{kinetics}/videos_train')
-    add('--image-list', 'lines of "path label"', default=f'{imagenet}/meta/train.txt')
+    add(
+        '--image-list',
+        'lines of "path label", or a folder of class folders',
+        default=f'{imagenet}/meta/train.txt',
+    )
     add('--image-root', 'folder that its paths are below', default=f'{imagenet}/train')
-    add('--val-list', '"path label" or "id num_frames label"', default=evaluate.VAL_LIST)
+    add('--val-list', 'the same, or lines of "id num_frames label"', default=evaluate.VAL_LIST)
     add('--val-root', 'folder that its paths are below', default=evaluate.VAL_ROOT)
     add('--image-val-list', 'images are validated where it exists', default=evaluate.IMAGE_VAL_LIST)
     add('--image-val-root', 'folder that its paths are below', default=evaluate.IMAGE_VAL_ROOT)
-    add('--video-labels', 'class names, one a line; without it the list says how many classes there are')
+    add(
+        '--video-labels', 'class names, one a line; default: as the folders or the labels in the list have it'
+    )
     add('--image-labels', 'the same for images')
 
     group = parser.add_argument_group('network')
@@ -110,7 +120,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=float, default=1e-4)
     add('--clip-norm', 'bounds the norm of all gradients together', type=positive_float, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
-    add('--init-2d', "start from a 2D ResNet's weights, temporal kernels inflated", metavar='CKPT')
+    add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
+    add(
+        '--init-2d',
+        "start from a 2D ResNet's weights, temporal kernels inflated, or from an --image-only run",
+        metavar='CKPT',
+    )
     add(
         '--init',
         'start from a checkpoint of this network, of which heads may have other classes',
@@ -141,8 +156,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
     if args.init and args.init_2d:
         parser.error('--init and --init-2d exclude each other')
+    if args.image_only and (args.video_only or args.auto_scale_lr):
+        parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
     if 1 in (args.videos_per_gpu, args.images_per_gpu):
         parser.error('a batch of 1 cannot be normalized by its own statistics: at least 2 per GPU are needed')
+    if args.image_only and args.images_per_gpu is None:
+        args.images_per_gpu = 85  # as the recipe's joint steps have
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs * 34 / 256)
     args.layers = list(args.layers)
@@ -427,8 +446,8 @@ def train_step(
 class Meter:
     """Sums up what a step yields, on the device; reading it is the only thing that waits for the GPU."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, sources: list[str]):
+        self.device, self.sources = device, sources
         self.reset()
 
     def reset(self) -> None:
@@ -445,17 +464,17 @@ class Meter:
         files."""
         if not self.rows:
             return None
-        losses = torch.stack(self.rows)[:, : len(self.rows[0]) // 2]
+        losses = torch.stack(self.rows)[:, : len(self.sources)]
         broken = (~losses.isfinite()).any(1).nonzero()
         return (int(broken[0]) + 1, self.files[broken[0]]) if len(broken) else None
 
     def read(self) -> dict[str, float]:
         """Means per step since the last reset."""
         means = torch.stack(self.rows).mean(0).tolist()
-        sources = ('video', 'image')[: len(means) // 2]
-        record = {'loss': sum(means[: len(sources)])}
-        record |= {f'{source}_loss': value for source, value in zip(sources, means)}
-        record |= {f'{source}_top1': value for source, value in zip(sources, means[len(sources) :])}
+        count = len(self.sources)
+        record = {'loss': sum(means[:count])}
+        record |= {f'{source}_loss': value for source, value in zip(self.sources, means)}
+        record |= {f'{source}_top1': value for source, value in zip(self.sources, means[count:])}
         record['grad_norm'] = means[-1]
         record['time'] = (time.perf_counter() - self.start) / len(self.rows)
         record['data_time'] = self.data_time / len(self.rows)
@@ -496,11 +515,12 @@ def open_lists(args: argparse.Namespace) -> tuple[dict, dict, dict]:
         del wanted['val']
     samples, names, classes = {}, {}, {}
     for name, source in wanted.items():
-        if source == 'image' and args.video_only:
+        if (args.video_only and source == 'image') or (args.image_only and source == 'video'):
             continue
         list_file, root = getattr(args, f'{name}_list'), getattr(args, f'{name}_root')
-        for path, flag, is_there in ((list_file, 'list', os.path.isfile), (root, 'root', os.path.isdir)):
-            if not is_there(path):
+        is_folder = os.path.isdir(list_file)
+        for path, flag, is_there in ((list_file, 'list', os.path.exists), (root, 'root', os.path.isdir)):
+            if not is_there(path) and not is_folder:
                 raise FileNotFoundError(
                     f'{path}: no such {"file" if flag == "list" else "folder"}, expected there by '
                     f'--{name.replace("_", "-")}-{flag}; the README shows how the folders are laid out, and '
@@ -508,9 +528,11 @@ def open_lists(args: argparse.Namespace) -> tuple[dict, dict, dict]:
                 )
         label_map = getattr(args, f'{source}_labels')
         if source not in names:
-            names[source] = data.read_label_map(label_map) if label_map else None
-            classes[source] = len(names[source]) if label_map else None
-        samples[name] = data.read_list(list_file, root, classes[source], videos=source == 'video')
+            names[source] = None
+            if label_map or is_folder:
+                names[source] = data.read_label_map(label_map) if label_map else data.class_names(list_file)
+            classes[source] = len(names[source]) if names[source] else None
+        samples[name] = data.read_list(list_file, root, classes[source], source == 'video', names[source])
         start = [samples[name].path(i) for i in range(min(10, len(samples[name].labels)))]
         if not any(os.path.exists(path) for path in start):
             raise FileNotFoundError(f'{start[0]}: no such file, nor any other of the first of {list_file}')
@@ -578,9 +600,12 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         if args.images_per_gpu is None:
             steps = max(counts['video'] // (args.videos_per_gpu * world_size), 1)
             args.images_per_gpu = max(counts.get('image', 0) // (steps * world_size), 2)
-        per_gpu = {'video': args.videos_per_gpu, 'image': 0 if args.video_only else args.images_per_gpu}
+        per_gpu = {
+            'video': 0 if args.image_only else args.videos_per_gpu,
+            'image': 0 if args.video_only else args.images_per_gpu,
+        }
         sampler = data.JointSampler(
-            counts['video'],
+            counts.get('video', 0),
             counts.get('image', 0),
             *per_gpu.values(),
             rank,
@@ -589,7 +614,9 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
             args.epochs,
         )
         torch.manual_seed(args.seed)  # the initial weights
-        network = models.OmniSlowOnly(classes['video'], classes.get('image', 0), args.layers, args.width)
+        network = models.OmniSlowOnly(
+            classes.get('video', 0), classes.get('image', 0), args.layers, args.width
+        )
         if args.init_2d and checkpoint is None:
             try:
                 inflated = models.inflate_2d(models.load_weights(args.init_2d), network)
@@ -663,8 +690,10 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
 
     # What it learns from.
     clip = {'size': args.size, 'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
-    train_sets = {'video': data.VideoDataset(samples['video'], 'train', **clip, seed=args.seed)}
-    if not args.video_only:
+    train_sets = {}
+    if 'video' in samples:
+        train_sets['video'] = data.VideoDataset(samples['video'], 'train', **clip, seed=args.seed)
+    if 'image' in samples:
         train_sets['image'] = data.ImageDataset(samples['image'], 'train', args.size, args.seed)
     val_sets = {}
     if 'val' in samples:
@@ -703,7 +732,7 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
                 'done': done,
                 'best': best,
                 'settings': vars(args),
-                'video_labels': names['video'],
+                'video_labels': names.get('video'),
                 'image_labels': names.get('image'),
             }
             saver.save(state, *file_names)
@@ -725,10 +754,8 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            done = sampler.epoch * steps_per_epoch + sampler.done['video'] // (
-                args.videos_per_gpu * world_size
-            )
-            board = SummaryWriter(str(work_dir), purge_step=done + 1, flush_secs=10)
+            steps_done = sampler.epoch * steps_per_epoch + sampler.steps_done(sampler.done)
+            board = SummaryWriter(str(work_dir), purge_step=steps_done + 1, flush_secs=10)
         except ImportError:  # it is not needed: log.jsonl has the same numbers
             pass
 
@@ -748,9 +775,9 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
 
     for epoch in range(sampler.epoch, args.epochs):
         done = dict(sampler.done) if epoch == sampler.epoch else {'video': 0, 'image': 0}
-        first = done['video'] // (args.videos_per_gpu * world_size)
+        first = sampler.steps_done(done)
         unreadable = 0
-        meter = Meter(device)
+        meter = Meter(device, list(classes))
         title = f'epoch {epoch + 1}/{args.epochs}'
         quiet = None if rank == 0 else True  # None: shown on a terminal only
         end = first + sampler.steps_left(done)
@@ -843,8 +870,9 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
                 sampler.epoch, sampler.done = epoch + 1, {'video': 0, 'image': 0}
                 batches = iter(loader)
             file_names = [f'epoch_{epoch + 1}.pth']
-            if result.get('video_top1', -1) > best:
-                best = result['video_top1']
+            top1 = result.get('image_top1' if args.image_only else 'video_top1', -1)
+            if top1 > best:
+                best = top1
                 file_names.append('best.pth')
             # latest.pth comes last: once a run can go on from it, the others are there
             save(*file_names, 'latest.pth', epoch=epoch + 1, done={'video': 0, 'image': 0})
@@ -855,14 +883,18 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         board.close()
     if args.demo and val_sets:
         network.eval()
-        tests = {'videos, 10 clips x 3 crops': data.VideoDataset(samples['val'], 'test', **clip)}
-        tests |= {'images, centre crop': val_sets['image']} if 'image' in val_sets else {}
+        tests = {}
+        if 'video' in val_sets:
+            tests['videos, 10 clips x 3 crops'] = data.VideoDataset(samples['val'], 'test', **clip)
+        if 'image' in val_sets:
+            tests['images, centre crop'] = val_sets['image']
         show(f'\n{"held-out":28}{"files":>8}{"chance":>8}{"top-1":>8}')
         for title, dataset in tests.items():
             scores, labels, _ = evaluate.predict(network, dataset, precision, 1, workers, 'testing')
             top1 = evaluate.accuracy(scores, labels)['top1']
             show(f'{title:28}{len(labels):8}{1 / scores.shape[1]:8.1%}{top1:8.1%}')
-        show(f'\nNext: python evaluate.py --ckpt {work_dir}/latest.pth --dump result.pkl')
+        images = ' --images' if args.image_only else ''
+        show(f'\nNext: python evaluate.py --ckpt {work_dir}/latest.pth{images} --dump result.pkl')
     return network
 
 

@@ -8,6 +8,7 @@
     python tests/bench.py kill --times 20     runs of the demo killed at random moments and resumed
     python tests/bench.py soak                memory, open files and processes over 3,000 steps
     python tests/bench.py save                what a checkpoint of SlowOnly-R50 costs the training loop
+    python tests/bench.py claim               does joint training help? Three ways to train, compared
 
 A peer runs in turn with ours, on the same input, in the same process; figures are medians of several runs.
 The videos are MMAction2's demo and test files, looked for in $OMNI_MEDIA, else in ../shared/media beside the
@@ -16,6 +17,7 @@ project; of these, `decode` and `clip` take the H.264 files of nine seconds and 
 
 import argparse
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,6 +30,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -631,6 +634,126 @@ def save(args: argparse.Namespace) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Does joint training help?
+# ----------------------------------------------------------------------------------------------------------
+
+ARMS = ('videos', 'images first', 'joint')
+VIDEOS_PER_CLASS = (4, 16, 64)
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEED = 5  # its videos, for training and for choosing, are none of the others'
+RATES = (0.025, 0.05, 0.1)
+CLUTTER = (
+    120  # chosen on the videos-only runs: so strong that 4 videos a class are too few, and 64 teach much
+)
+STEPS, CLIPS, IMAGES = 384, 16, 32  # video steps of every run, and its batches
+
+
+def claim(args: argparse.Namespace) -> None:
+    """Train on few videos in three ways, and compare top-1 on held-out videos.
+
+    From scratch on videos; on images first and then on videos; jointly. Each run is a command of train.py,
+    with the same network, number of video steps and schedule; each of five seeds has videos and first weights
+    of its own. The learning rate is the best of three for each way and number of videos, chosen on other
+    videos. Every run is a line of --out; what stands there is not run again.
+    """
+    folder, out = Path(args.work_dir).absolute(), Path(args.out)
+    data.make_demo(folder / 'data', 416, 32, 256, 50, CLUTTER)
+    lines = (folder / 'data/video_train.txt').read_text().splitlines()  # class after class, eight of them
+    for seed, count in itertools.product((*SEEDS, TUNING_SEED), VIDEOS_PER_CLASS):
+        own = lines[8 * 64 * seed :][: 8 * count]
+        (folder / f'train_{count}_{seed}.txt').write_text('\n'.join(own))
+    (folder / 'choose.txt').write_text('\n'.join(lines[8 * 64 * (TUNING_SEED + 1) :]))
+    records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    def run_all(jobs: list[tuple], title: str) -> None:
+        """Train what is not recorded yet; on a CPU as many at a time as there are cores."""
+        known = {(r['arm'], r['videos_per_class'], r['seed'], r['lr']) for r in records}
+        new = [job for job in jobs if job not in known]
+        bar = tqdm(initial=len(jobs) - len(new), total=len(jobs), desc=title, unit='run')
+        with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+            for record in pool.map(lambda job: train_arm(folder, *job), new):
+                records.append(record)
+                with open(out, 'a') as file:
+                    print(json.dumps(record), file=file)
+                bar.update()
+        bar.close()
+
+    run_all([('images', 0, seed, 0.05) for seed in (*SEEDS, TUNING_SEED)], 'images first')
+    cells = list(itertools.product(ARMS, VIDEOS_PER_CLASS))
+    run_all([(*cell, TUNING_SEED, lr) for cell in cells for lr in RATES], 'choosing learning rates')
+    tried = [r for r in records if r['seed'] == TUNING_SEED]
+    best = {}
+    for cell in cells:
+        own = [r for r in tried if (r['arm'], r['videos_per_class']) == cell]
+        best[cell] = max(own, key=lambda r: r['video_top1'])['lr']
+    run_all([(*cell, seed, best[cell]) for cell in cells for seed in SEEDS], 'comparing')
+
+    results = {}
+    for cell in cells:
+        results[cell] = [
+            r for r in records if (r['arm'], r['videos_per_class'], r['lr']) == (*cell, best[cell])
+        ]
+        results[cell] = [r for r in results[cell] if r['seed'] in SEEDS]
+
+    def shown(arm: str, count: int, metric: str = 'video_top1') -> str:
+        values = [100 * r[metric] for r in results[arm, count]]
+        return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+
+    rows = []
+    for count in VIDEOS_PER_CLASS:
+        rates = ' '.join(f'{best[arm, count]:g}' for arm in ARMS)
+        rows.append([count, *(shown(arm, count) for arm in ARMS), shown('joint', count, 'image_top1'), rates])
+    table(
+        f'Top-1 on 256 held-out videos of 8 classes, %: mean and standard deviation of {len(SEEDS)} seeds',
+        ['videos per class', *ARMS, "joint's images", 'learning rates'],
+        rows,
+    )
+    plot_claim(results, Path(args.plot))
+
+
+def train_arm(folder: Path, arm: str, count: int, seed: int, lr: float) -> dict:
+    """One run of train.py; what it measured at its end. A run that was broken off goes on."""
+    name = f'{arm}_{count}_{seed}_{lr:g}'.replace(' ', '_')
+    samples, batch = (1024, IMAGES) if arm == 'images' else (8 * count, CLIPS)
+    epochs = str(STEPS * batch // samples)
+    line = [sys.executable, str(ROOT / 'train.py'), '--work-dir', str(folder / name), '--resume']
+    line += ['--epochs', epochs, '--val-interval', epochs, '--log-interval', '1000', '--workers', '1']
+    line += ['--seed', str(seed), '--lr', str(lr), '--clip-norm', '1']
+    line += ['--videos-per-gpu', str(CLIPS), '--images-per-gpu', str(IMAGES)]
+    if torch.cuda.is_available():
+        line += ['--size', '112']  # of the full network
+    else:
+        line += ['--size', str(train.DEMO['size']), '--width', str(train.DEMO['width'])]
+        line += ['--layers', *map(str, train.DEMO['layers'])]
+    val = ('choose.txt', 'videos_train') if seed == TUNING_SEED else ('data/video_val.txt', 'videos_val')
+    for flag, list_file, root in (
+        ('video', f'train_{count}_{seed}.txt', 'videos_train'),
+        ('val', *val),
+        ('image', 'data/image_train.txt', 'images_train'),
+        ('image-val', 'data/image_val.txt', 'images_val'),
+    ):
+        line += [f'--{flag}-list', str(folder / list_file), f'--{flag}-root', str(folder / 'data' / root)]
+    line += {
+        'videos': ['--video-only'],
+        'images': ['--image-only'],
+        'images first': ['--video-only', '--init-2d', str(folder / f'images_0_{seed}_0.05/latest.pth')],
+        'joint': [],
+    }[arm]
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}  # the same numbers on any number of cores
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f'bench.py: {" ".join(line)}\n{done.stderr}')
+    log = (folder / name / 'log.jsonl').read_text().splitlines()
+    result = next(json.loads(entry) for entry in reversed(log) if '"val"' in entry)
+    result = {key: value for key, value in result.items() if key.endswith('_top1')}
+    return {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, **result}
+
+
+def plot_claim(results: dict, path: Path) -> None:
+    pyplot = need('matplotlib.pyplot', 'matplotlib')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0],
@@ -638,7 +761,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for function in (decode, clip, loader, step, evaluation, kill, soak, save):
+    for function in (decode, clip, loader, step, evaluation, kill, soak, save, claim):
         name = 'eval' if function is evaluation else function.__name__
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
@@ -657,6 +780,10 @@ def main() -> None:
             command.add_argument('--seed', type=int, default=0, help='of the moments')
         if function is soak:
             command.add_argument('--steps', type=int, default=3000)
+        if function is claim:
+            command.add_argument('--out', default=str(ROOT / 'tests/reference/claim.jsonl'), help='every run')
+            command.add_argument('--plot', default=str(ROOT / 'assets/claim.svg'))
+            command.add_argument('--work-dir', default='work_dirs/claim', help='about 300 MB')
     args = parser.parse_args()
     args.function(args)
 

@@ -124,13 +124,45 @@ def test_tensorboard_gets_the_numbers_of_the_log(trained):
     assert [event.step for event in events.Scalars('val/video_top1')] == [8, 10]
 
 
-def test_video_only_has_no_image_head(demo):
-    output = run(f'train.py {SMALL} --epochs 1 --video-only --work-dir video', demo).stdout
-    assert 'image' not in output.split('epoch 1/1')[1]
-    state = torch.load(demo / 'video/latest.pth', weights_only=True)['model']
-    assert not any(key.startswith('image_head') for key in state)
+def test_videos_alone_from_class_folders(demo):
+    for line in (demo / 'data/demo/video_train.txt').read_text().splitlines():
+        name, label = line.split()
+        (demo / f'folders/class {int(label) % 3}').mkdir(parents=True, exist_ok=True)
+        (demo / f'folders/class {int(label) % 3}/{name}').symlink_to(demo / f'data/demo/videos_train/{name}')
+    line = (
+        f'train.py {SMALL} --epochs 1 --video-only --work-dir video --video-list folders --val-list folders'
+    )
+    output = run([*line.split(), '--video-labels', ''], demo).stdout
+    assert 'training on 32 videos in 3 classes' in output and 'image' not in output.split('epoch 1/1')[1]
+    checkpoint = torch.load(demo / 'video/latest.pth', weights_only=True)
+    assert checkpoint['video_labels'] == ['class 0', 'class 1', 'class 2']
+    assert not any(key.startswith('image_head') for key in checkpoint['model'])
+    output = run('evaluate.py --ckpt video/latest.pth --clips 1 --crops 1', demo).stdout
+    assert '32 videos' in output and 'taken for class' in output
     result = run('evaluate.py --ckpt video/latest.pth --images', demo, expect=1)
     assert 'no head for images' in result.stderr
+
+
+def test_images_first_then_videos(demo):
+    """An image-only run, and a run that starts from its weights."""
+    run(f'train.py {SMALL} --epochs 2 --image-only --work-dir images', demo)
+    saved = torch.load(demo / 'images/best.pth', weights_only=True)
+    assert saved['video_labels'] is None and len(saved['image_labels']) == 4
+    state = saved['model']
+    assert not any(key.startswith('video_head') for key in state)
+    assert torch.equal(state['bn1.running_mean'], torch.zeros(8))
+    assert '12 images, centre crop' in run('evaluate.py --ckpt images/best.pth --images', demo).stdout
+    records = [json.loads(line) for line in (demo / 'images/log.jsonl').read_text().splitlines()]
+    assert (records[0]['epoch'], records[0]['step']) == (1, 5) and 'video_loss' not in records[0]
+
+    line = f'train.py {SMALL} --epochs 1 --lr 1e-30 --no-validate --video-only --work-dir then_videos'
+    run(f'{line} --init-2d images/best.pth', demo)
+    started = torch.load(demo / 'then_videos/latest.pth', weights_only=True)['model']
+    for key in ('conv1.weight', 'layer4.0.conv1.weight'):
+        assert torch.equal(started[key], state[key])
+    kept = (1 - 0.01) ** 4  # of the images' statistics after four steps
+    for key in ('layer3.0.bn2.running_var', 'layer3.0.bn2.image_running_var'):
+        assert (started[key] >= kept * state['layer3.0.bn2.image_running_var']).all()
 
 
 def test_two_processes(demo):
@@ -241,6 +273,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --seed -1', '--seed must not be negative'),
         ('--demo --videos-per-gpu 1', 'at least 2 per GPU'),
         ('--demo --size 100', 'multiple of 7'),
+        ('--demo --video-only --image-only', '--image-only leaves no videos'),
     ],
 )
 def test_bad_input_gets_one_line(demo, fails, arguments, message):
@@ -251,7 +284,7 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', 'per-gpu 1', 'size'))
+    usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', 'per-gpu 1', 'size', 'only'))
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
 
