@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt work_dirs/omni/best.pth --dump result.pkl     10 clips x 3 crops, top-1, top-5
     python evaluate.py --ckpt work_dirs/omni/best.pth --images              the image set instead
+    python evaluate.py --ckpt work_dirs/omni/best.pth --show wrong.png      and draw the surest mistakes
     python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    five likeliest labels of each file
     torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
 

@@ -659,10 +659,9 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
         sides = [args.clip_len, args.size, args.size]
         nothing = [torch.zeros(3, *sides, dtype=torch.uint8)] * per_gpu['video']
         nothing += [torch.zeros(3, *sides[1:], dtype=torch.uint8)] * per_gpu['image']
-        inputs = data.collate([data.Item(pixels, 0, '', []) for pixels in nothing])['inputs']
-        with evaluate.autocast(device, precision):
-            logits = net(*[x.to(device) for x in inputs])
-            sum(l.sum() for l in (logits if isinstance(logits, tuple) else (logits,))).backward()
+        batch = data.collate([data.Item(pixels, 0, '', []) for pixels in nothing])
+        unmoved = torch.optim.SGD(network.parameters(), 0.0, fused=True)
+        train_step(net, unmoved, torch.amp.GradScaler(enabled=False), batch, device, precision)
         network.load_state_dict(before)
     base_lr = args.lr * args.videos_per_gpu * world_size / 128 if args.auto_scale_lr else args.lr
     optimizer = torch.optim.SGD(

@@ -1,5 +1,6 @@
 """Metrics, the dump, and the command."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import run, write_video
+from conftest import ROOT, run, write_video
 
 import data
 import evaluate
@@ -139,6 +140,20 @@ def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
         'b (30%) taken for a (60%)',
     ]
     assert torch.equal(rows[0], dataset[3].pixels[0].transpose(0, 1)) and rows[0].shape == (8, 3, 56, 56)
+
+
+def test_the_readme_s_export_gives_the_same_logits(demo, checkpoint):
+    readme = (ROOT / 'README.md').read_text()
+    code = readme.split('<!-- export -->')[1].split('python -c "')[1].split('"\n```')[0]
+    code = code.replace('work_dirs/omni/best.pth', 'small.pth').replace('256, 256', '64, 64')
+    result = subprocess.run(
+        [sys.executable, '-c', code], cwd=demo, env={**os.environ, 'PYTHONPATH': str(ROOT)}
+    )
+    assert result.returncode == 0
+    clips = torch.randint(0, 256, (3, 3, 8, 64, 64), dtype=torch.uint8)
+    network = evaluate.build(torch.load(checkpoint, weights_only=True), 'small.pth')
+    exported = torch.export.load(demo / 'network.pt2').module()
+    torch.testing.assert_close(exported(clips), network(clips))
 
 
 def test_classify(demo, checkpoint, tmp_path):
