@@ -656,18 +656,14 @@ def claim(args: argparse.Namespace) -> None:
     """
     need('matplotlib', 'matplotlib')  # before hours of training, not after them
     folder, out = Path(args.work_dir).absolute(), Path(args.out)
-    data.make_demo(folder / 'data', train_videos=144, val_videos=32, train_images=256, clutter=CLUTTER)
-    lines = (folder / 'data/video_train.txt').read_text().splitlines()  # class after class, eight of them
-    for seed, count in itertools.product(SEEDS + TUNING_SEEDS, VIDEOS_PER_CLASS):
-        own = lines[8 * 16 * seed :][: 8 * count]
-        (folder / f'train_{count}_{seed}.txt').write_text('\n'.join(own))
-    (folder / 'choose.txt').write_text('\n'.join(lines[8 * 112 :]))
     records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
     def run_all(jobs: list[tuple], title: str) -> None:
         """Train what is not recorded yet; on a CPU as many at a time as there are cores."""
         known = {(r['arm'], r['videos_per_class'], r['seed'], r['lr']) for r in records}
         new = [job for job in jobs if job not in known]
+        if new and not (folder / 'choose.txt').exists():
+            make_claim_data(folder)
         bar = tqdm(initial=len(jobs) - len(new), total=len(jobs), desc=title, unit='run')
         with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
             for record in pool.map(lambda job: train_arm(folder, *job), new):
@@ -709,6 +705,16 @@ def claim(args: argparse.Namespace) -> None:
     )
     print('  learning rates: ' + ', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items()))
     plot_claim(results, Path(args.plot))
+
+
+def make_claim_data(folder: Path) -> None:
+    """Videos and images below `folder`, and a list of training videos for each seed and number of them."""
+    data.make_demo(folder / 'data', train_videos=144, val_videos=32, train_images=256, clutter=CLUTTER)
+    lines = (folder / 'data/video_train.txt').read_text().splitlines()  # class after class, eight of them
+    for seed, count in itertools.product(SEEDS + TUNING_SEEDS, VIDEOS_PER_CLASS):
+        own = lines[8 * 16 * seed :][: 8 * count]
+        (folder / f'train_{count}_{seed}.txt').write_text('\n'.join(own))
+    (folder / 'choose.txt').write_text('\n'.join(lines[8 * 112 :]))
 
 
 def train_arm(folder: Path, arm: str, count: int, seed: int, lr: float) -> dict:

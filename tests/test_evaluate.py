@@ -193,8 +193,13 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
         ('--ckpt small.pth --clips 0', "'0' is not a whole number of at least 1"),
         ('--ckpt small.pth --clips -3', 'clips'),
+        ('--ckpt small.pth --show nowhere/wrong.png', 'nowhere/wrong.png'),
+        ('--ckpt small.pth --show wrong.png a.mp4', '--show and --val-list measure a set'),
+        ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known'),
     ],
 )
 def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
     (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
-    assert message in fails(evaluate.main, arguments, code=2 if '--clips' in arguments else 1)
+    assert message in fails(
+        evaluate.main, arguments, code=2 if '--clips' in arguments or 'a.mp4' in arguments else 1
+    )
