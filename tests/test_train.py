@@ -297,3 +297,19 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
         for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
     )
     assert 'taken holds a run: --resume' in fails(train.main, f'{lists} --work-dir taken')
+
+
+def test_the_readme_s_comparison_follows_from_its_runs():
+    """The table of `bench.py claim`: each cell is the mean and standard deviation of its recorded runs."""
+    runs = [json.loads(line) for line in (REFERENCE / 'claim.jsonl').read_text().splitlines()]
+    rows = re.findall(r'^\| (\d+) \|(.*±.*)\|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    columns = [('videos', 'video'), ('images first', 'video'), ('joint', 'video'), ('joint', 'image')]
+    for count, cells in rows:
+        for cell, (arm, source) in zip(cells.split('|'), columns, strict=True):
+            own = [
+                r for r in runs if (r['arm'], r['videos_per_class']) == (arm, int(count)) and r['seed'] < 5
+            ]
+            values = [100 * run[f'{source}_top1'] for run in own]
+            assert len(values) == 5
+            assert cell.strip() == f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}'
