@@ -234,7 +234,11 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
 
 
 def show_mistakes(
-    out: str, dataset: data.VideoDataset | data.ImageDataset, scores: np.ndarray, labels: np.ndarray, names
+    out: str,
+    dataset: data.VideoDataset | data.ImageDataset,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    names: list[str] | None,
 ) -> int:
     """Draw, as a PNG, the eight wrongly classified samples whose wrong label scores highest, each one under
     both labels and their scores. `dataset` is a 'val' one: of a video its middle clip is drawn. Returns how

@@ -275,18 +275,19 @@ def inflate_2d(state_dict: dict[str, Tensor], model: OmniSlowOnly) -> dict[str, 
     not).
 
     A 1x1 kernel where the model has a temporal one is divided evenly over the three frames, as in I3D
-    (https://arxiv.org/abs/1705.07750). Of one of our checkpoints, trained on images, the temporal kernels are
-    taken as they are, and its image statistics for both sources. Classifiers are left out. Raises ValueError
-    naming the first weight that is missing or of another shape.
+    (https://arxiv.org/abs/1705.07750). Of one of our checkpoints the temporal kernels are taken as they are;
+    of one that was trained on images only, the image statistics for both sources. Classifiers are left out.
+    Raises ValueError naming the first weight that is missing or of another shape.
     """
-    own_format = any('image_running_' in key for key in state_dict)
+    ours = any('image_running_' in key for key in state_dict)
+    images_only = ours and not any(key.startswith('video_head.') for key in state_dict)
     inflated = {}
     for key, own in model.state_dict().items():
         if key.startswith(('image_head.', 'video_head.')):
             continue
-        source = key.replace('image_running_', 'running_')
-        if own_format:
-            source = source.replace('running_', 'image_running_')
+        source = key if ours else key.replace('image_running_', 'running_')
+        if images_only:
+            source = source.replace('.running_', '.image_running_')
         value = state_dict.get(source, state_dict.get(f'backbone.{source}'))
         if value is None and key.endswith('num_batches_tracked'):
             value = torch.zeros_like(own)  # files from before PyTorch 0.4.1 lack it

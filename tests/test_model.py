@@ -193,6 +193,22 @@ def test_2d_weights_are_inflated():
         models.inflate_2d(state, network)
 
 
+@pytest.mark.parametrize('video_classes', [0, 8])
+def test_own_weights_start_another_network(video_classes):
+    """Those of a network without a video head have no video statistics worth keeping."""
+    trained, fresh = OmniSlowOnly(video_classes, 4, **SMALL), OmniSlowOnly(3, 0, **SMALL)
+    for name, buffer in trained.named_buffers():
+        if 'running_' in name:
+            buffer.uniform_(1, 2)
+    given = trained.state_dict()
+    fresh.load_state_dict(models.inflate_2d(given, fresh), strict=False)
+    own = fresh.state_dict()
+    for key in ('conv1.weight', 'layer3.0.conv1.weight', 'layer4.0.bn1.image_running_var'):
+        assert torch.equal(own[key], given[key])
+    source = 'running_mean' if video_classes else 'image_running_mean'
+    assert torch.equal(own['layer3.0.bn2.running_mean'], given[f'layer3.0.bn2.{source}'])
+
+
 class Evil:
     """Pickles into a call."""
 
