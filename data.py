@@ -908,6 +908,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.command == 'show':
             videos = read_list(args.video_list, args.video_root, videos=True)
             show(args.out, videos, read_list(args.image_list, args.image_root), size=args.size)
+            print(f'wrote {args.out}')
         elif args.command == 'list':
             files, classes = write_lists(args.dir, args.labels)
             print(
