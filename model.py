@@ -18,6 +18,7 @@ import copy
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -316,10 +317,13 @@ def load_into(model: nn.Module, state_dict: dict[str, Tensor], path: str) -> Non
     model.load_state_dict(state_dict)
 
 
-def load_all_but_other_heads(model: nn.Module, state_dict: dict[str, Tensor], path: str) -> list[str]:
+def load_all_but_other_heads(
+    model: nn.Module, state_dict: dict[str, Tensor], path: str, other: Sequence[str] = ()
+) -> list[str]:
     """Load weights of a network that may have other classes: a head that differs keeps its own weights.
 
-    Returns the names of those heads. Raises ValueError, as `load_into` does, where the backbones differ.
+    Heads differ where their shapes do; `other` names more of them, 'video' or 'image'. Returns the names of
+    the heads that kept theirs. Raises ValueError, as `load_into` does, where the backbones differ.
     """
 
     def shapes(state: dict[str, Tensor], head: str) -> dict:
@@ -328,7 +332,7 @@ def load_all_but_other_heads(model: nn.Module, state_dict: dict[str, Tensor], pa
     own, kept = model.state_dict(), []
     state = dict(state_dict)
     for head in ('video_head.', 'image_head.'):
-        if shapes(state, head) != shapes(own, head):
+        if shapes(state, head) != shapes(own, head) or head.removesuffix('_head.') in other:
             state = {key: value for key, value in state.items() if not key.startswith(head)}
             state |= {key: value for key, value in own.items() if key.startswith(head)}
             kept += [head.removesuffix('_head.')] if shapes(own, head) else []

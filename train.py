@@ -624,8 +624,10 @@ def run(args: argparse.Namespace, device: torch.device, rank: int, world_size: i
                 raise ValueError(f'{args.init_2d}: {error}') from None
             network.load_state_dict(inflated, strict=False)
         if args.init and checkpoint is None:
-            weights = models.load_weights(args.init)
-            fresh = models.load_all_but_other_heads(network, weights, args.init)
+            given = models.load_checkpoint(args.init)
+            # As many classes can still be others, or the same in another order.
+            other = [s for s in classes if names[s] and given.get(f'{s}_labels') not in (None, names[s])]
+            fresh = models.load_all_but_other_heads(network, given['model'], args.init, other)
             show(
                 f'starting from {args.init}'
                 + (f', with a new head for {" and ".join(fresh)}s' if fresh else '')

@@ -109,6 +109,11 @@ def test_fine_tuning_takes_all_but_the_heads_that_differ(trained):
     )
     for key in ('conv1.weight', 'layer4.0.conv1.weight', 'image_head.2.weight'):
         assert torch.equal(before['model'][key], after['model'][key])
+    names = (folder / 'data/demo/video_labels.txt').read_text().splitlines()
+    (folder / 'reversed.txt').write_text('\n'.join(names[::-1]))
+    line = f'train.py {SMALL} --video-labels reversed.txt --work-dir reversed --epochs 1 --no-validate'
+    output = run(f'{line} --init work_dirs/demo/latest.pth', folder).stdout
+    assert 'starting from work_dirs/demo/latest.pth, with a new head for videos\n' in output
     result = run('train.py --demo --init work_dirs/demo/latest.pth --work-dir wide', folder, expect=1)
     assert 'work_dirs/demo/latest.pth: weight conv1.weight is (8, 3, 7, 7)' in result.stderr
 
