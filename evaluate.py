@@ -58,6 +58,11 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def class_name(names: list[str] | None, label: int) -> str:
+    """What to call a class, with or without a label map."""
+    return names[label] if names else f'class {label}'
+
+
 def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, count: int = 5) -> list[str]:
     """A line for each of the classes with most errors: how many, and what it is mostly taken for."""
     predicted = scores.argmax(1)
@@ -69,10 +74,9 @@ def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, 
         if errors[label]:
             taken = np.bincount(predicted[wrong & (labels == label)], minlength=scores.shape[1])
             likeliest = [other for other in np.argsort(-taken, kind='stable')[:3] if taken[other]]
-            shown = ', '.join(f'{names[i] if names else f"class {i}"} ({taken[i]})' for i in likeliest)
+            shown = ', '.join(f'{class_name(names, i)} ({taken[i]})' for i in likeliest)
             total = (readable & (labels == label)).sum()
-            name = names[label] if names else f'class {label}'
-            lines.append(f'{name}: {errors[label]} of {total} wrong, taken for {shown}')
+            lines.append(f'{class_name(names, label)}: {errors[label]} of {total} wrong, taken for {shown}')
     return lines
 
 
@@ -249,7 +253,7 @@ def show_mistakes(
     for i in wrong[np.argsort(-highest[wrong], kind='stable')][:8]:
         pixels = dataset[int(i)].pixels[0]  # (3, T, H, W) or (3, H, W)
         rows.append(pixels.transpose(0, 1) if pixels.ndim == 4 else pixels.unsqueeze(0))
-        right, taken = (names[n] if names else f'class {n}' for n in (labels[i], predicted[i]))
+        right, taken = (class_name(names, label) for label in (labels[i], predicted[i]))
         file = os.path.basename(dataset.samples.path(i))
         titles.append(f'{file}: {right} ({own[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
     if rows:
@@ -276,8 +280,7 @@ def classify(network: nn.Module, path: str, settings: dict, names: dict, precisi
     scores = score_views(network, dataset.load(path, None), precision).mean(0)
     lines = [f'{path} ({kind})']
     for score, label in zip(*scores.topk(min(5, len(scores)))):
-        name = names[kind][label] if names[kind] else f'class {label}'
-        lines.append(f'  {score:7.2%}  {name}')
+        lines.append(f'  {score:7.2%}  {class_name(names[kind], label)}')
     return '\n'.join(lines)
 
 
@@ -336,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
                     show(classify(network, path, {'size': 224, **settings}, names, precision))
                 except (OSError, ValueError, RuntimeError) as error:
                     failed += 1
-                    print(f'evaluate.py: {path}: {str(error).splitlines()[0]}', file=sys.stderr)
+                    print(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
             sys.exit(1 if failed else 0)
 
         kind = 'image' if args.images else 'video'
