@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ('train.py', 'evaluate.py', 'flops.py', 'data.py')
+SCRIPTS = ('train.py', 'evaluate.py', 'flops.py', 'prepare.py')
 sys.path.insert(0, str(ROOT))
 
 
@@ -51,6 +51,7 @@ def run(command, cwd, expect=0, **env):
     line = [str(ROOT / part) if part in SCRIPTS else part for part in line]
     if line[0] == 'torchrun':
         line[:1] = ['-m', 'torch.distributed.run', '--standalone']
+        env = {'CUDA_VISIBLE_DEVICES': '', **env}  # a machine may have fewer GPUs than processes here
     line = [sys.executable, *line]
     result = subprocess.run(
         line, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, timeout=400
@@ -78,8 +79,8 @@ def fails(demo, monkeypatch, capsys):
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory):
     """A folder with a small set below data/demo, as `train.py --demo` would make it."""
-    import data
+    import prepare
 
     folder = tmp_path_factory.mktemp('demo run')
-    data.make_demo(folder / 'data/demo', train_videos=4, val_videos=2, train_images=10, val_images=3)
+    prepare.make_demo(folder / 'data/demo', train_videos=4, val_videos=2, train_images=10, val_images=3)
     return folder

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-import torchvision
 from conftest import ROOT, run, write_video
 
 import data
 import evaluate
+import prepare
 from model import OmniSlowOnly
+from runtime import checkpoint as checkpoints
 
 REFERENCE = Path(__file__).parent / 'reference'
 SMALL = {'layers': (1, 1, 1, 1), 'width': 8}
@@ -30,12 +32,23 @@ def test_metrics_equal_the_reference():
 def test_confusions_name_the_classes_with_most_errors():
     labels = np.array([0, 0, 0, 1, 1, 2, 2])
     scores = np.eye(3)[[0, 1, 1, 2, 1, 2, 0]]
-    scores[-1] = (0, 0, -1)  # unreadable: it is taken for nothing
+    scores[-1] = np.nan  # unreadable: it is taken for nothing
     assert evaluate.confusions(scores, labels, ['a', 'b', 'c']) == [
         'a: 2 of 3 wrong, taken for b (2)',
         'b: 1 of 2 wrong, taken for c (1)',
     ]
     assert evaluate.confusions(np.eye(3), np.arange(3), None) == []
+
+
+def test_an_unreadable_sample_is_wrong_by_every_metric():
+    scores = np.array([[1.0, 0, 0], [np.nan] * 3, [0, 0, 1.0]])
+    result = evaluate.accuracy(scores, np.array([0, 1, 2]))
+    assert result == {
+        'top1': pytest.approx(2 / 3),
+        'top5': pytest.approx(2 / 3),
+        'mean1': pytest.approx(2 / 3),
+    }
+    assert evaluate.accuracy(scores, np.array([0, 0, 2]))['mean1'] == pytest.approx((0.5 + 1) / 2)
 
 
 def test_metrics_by_hand():
@@ -85,7 +98,7 @@ def views_by_hand(demo, network):
 def test_dump(demo, checkpoint):
     result = run('evaluate.py --ckpt small.pth --dump result.pkl --workers 1', demo)
     assert '16 videos, 10 clips x 3 crops' in result.stdout and 'top-1' in result.stdout
-    network = evaluate.build(torch.load(checkpoint, weights_only=True), 'small.pth')
+    network = checkpoints.build(torch.load(checkpoint, weights_only=True), 'small.pth')
     scores, labels = views_by_hand(demo, network)
     with open(demo / 'result.pkl', 'rb') as file:
         dump = pickle.load(file)
@@ -128,10 +141,10 @@ def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
     samples = data.read_list(
         str(demo / 'data/demo/video_val.txt'), str(demo / 'data/demo/videos_val'), videos=True
     )
-    samples = data.Samples(samples.paths[:4], samples.labels[:4])  # of classes 0 to 3
-    scores = np.array([[0.9, 0.1, 0, 0], [0.6, 0.3, 0.1, 0], [0, 0, -1, 0], [0.1, 0.7, 0, 0.2]])
+    samples = data.Samples(samples.paths[:4], samples.labels[:4], samples.root)  # of classes 0 to 3
+    scores = np.array([[0.9, 0.1, 0, 0], [0.6, 0.3, 0.1, 0], [np.nan] * 4, [0.1, 0.7, 0, 0.2]])
     drawn = []
-    monkeypatch.setattr(data, 'draw_rows', lambda *arguments: drawn.extend(arguments))
+    monkeypatch.setattr(prepare, 'draw_rows', lambda *arguments: drawn.extend(arguments))
     dataset = data.VideoDataset(samples, 'val', 56)
     assert evaluate.show_mistakes('out.png', dataset, scores, samples.labels, ['a', 'b', 'c', 'd']) == 2
     _, rows, titles, _ = drawn
@@ -151,14 +164,14 @@ def test_the_readme_s_export_gives_the_same_logits(demo, checkpoint):
     )
     assert result.returncode == 0
     clips = torch.randint(0, 256, (3, 3, 8, 64, 64), dtype=torch.uint8)
-    network = evaluate.build(torch.load(checkpoint, weights_only=True), 'small.pth')
+    network = checkpoints.build(torch.load(checkpoint, weights_only=True), 'small.pth')
     exported = torch.export.load(demo / 'network.pt2').module()
     torch.testing.assert_close(exported(clips), network(clips))
 
 
 def test_classify(demo, checkpoint, tmp_path):
     video = write_video(tmp_path / 'my clip.mp4', num_frames=20)
-    torchvision.io.write_jpeg(torch.zeros(3, 50, 70, dtype=torch.uint8), str(tmp_path / 'photo.jpg'))
+    PIL.Image.new('RGB', (70, 50)).save(tmp_path / 'photo.jpg')
     files = [video, str(tmp_path / 'photo.jpg')]
     lines = run(['evaluate.py', '--ckpt', 'small.pth', *files], demo).stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if 'my clip.mp4' in line)

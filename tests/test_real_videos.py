@@ -16,7 +16,8 @@ from reference import weights
 
 import data
 import evaluate
-import model as models
+from model import fold_batchnorm
+from runtime import checkpoint
 
 REFERENCE = Path(__file__).parent / 'reference'
 MEDIA = Path(os.environ.get('OMNI_MEDIA', ROOT.parent / 'shared/media'))
@@ -37,9 +38,8 @@ def network():
         )
         for key, shape in shapes.items()
     }
-    return models.fold_batchnorm(
-        evaluate.build({'model': models.from_mmaction2(official)}, 'tag a'), is_image=False
-    )
+    network = checkpoint.build({'model': checkpoint.from_mmaction2(official)}, 'tag a')
+    return fold_batchnorm(network, is_image=False)
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -48,7 +48,7 @@ def test_views_and_scores(file, network):
         views = data.VideoDataset(None, mode).load(str(MEDIA / file), None)
         difference = np.abs(views.float().mean((3, 4)).numpy() - EXPECTED[f'{file}/{name}']).max()
         assert difference < 1e-4  # the reference's means are rounded to float32
-        scores = evaluate.score_views(network, views, 'fp32').mean(0).numpy()
+        scores = evaluate.score_views(network, 'video', views, 'fp32').mean(0).numpy()
         expected = EXPECTED[f'{file}/{mode}_score']
         print(f'{file} {mode}: channel means {difference:.3f}, scores {np.abs(scores - expected).max():.2g}')
         assert scores.argmax() == expected.argmax()

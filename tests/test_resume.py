@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import train
+from runtime import checkpoint
+from runtime.distributed import processes
 
 OPTIONS = (
     '--demo --width 8 --epochs 3 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 --val-interval 2 '
@@ -25,7 +26,8 @@ OPTIONS = (
 SAVE_EACH_STEP = '--save-minutes 0.0001'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 
-# Runs train.py, but one process sends itself a signal when it calls a function for the N-th time; once only.
+# Runs train.py, but one process sends itself a signal when it calls a function for the N-th time, or raises
+# an exception if that is signal 0; once only.
 DIES = f"""
 import importlib, os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -37,11 +39,21 @@ def dying(*args, **kwargs):
     calls.append(name)
     if len(calls) == int(number) and os.environ.get('RANK', '0') == rank and not os.path.exists(marker):
         pathlib.Path(marker).touch()
+        if not int(signum):
+            raise KeyError('a bug')
         os.kill(os.getpid(), int(signum))
     return function(*args, **kwargs)
 setattr(module, name, dying)
 train.main(arguments)
 """
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_gpu():
+    """Bits are compared, and a machine may have fewer GPUs than processes here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('CUDA_VISIBLE_DEVICES', '')
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -89,9 +101,8 @@ def start(demo, processes, folder, after_lines, options=''):
     line = [] if processes == 1 else [*TORCHRUN[1:], '--standalone', f'--nproc_per_node={processes}']
     line = [sys.executable, *line, str(ROOT / 'train.py'), *OPTIONS.split(), *options.split()]
     line += ['--work-dir', folder, '--resume']
-    process = subprocess.Popen(
-        line, cwd=demo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with open(demo / f'{folder}.txt', 'w') as out:
+        process = subprocess.Popen(line, cwd=demo, stdout=out, stderr=out, start_new_session=True)
     log = demo / folder / 'log.jsonl'
     while not log.exists() or len(log.read_text().splitlines()) < after_lines:
         assert process.poll() is None
@@ -194,12 +205,24 @@ def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, signum):
     process = start(demo, 1, folder, 4, '--workers 1')
     os.killpg(process.pid, signum)  # to the loader's workers too, as a terminal or a scheduler does
     assert process.wait(timeout=60) == 128 + signum
+    output = (demo / f'{folder}.txt').read_text()
+    assert f'{signum.name}: saving after this step' in output
+    assert f'stopped by {signum.name} and saved' in output and 'Traceback' not in output
     records = [json.loads(line) for line in (demo / folder / 'log.jsonl').read_text().splitlines()]
     steps = [record for record in records if 'step' in record]
     saved = torch.load(demo / folder / 'latest.pth', weights_only=True)
     assert (saved['epoch'], saved['done']['video'] // 4) == (steps[-1]['epoch'] - 1, steps[-1]['step'])
     run(f'{launch(1)} {OPTIONS} --workers 2 --work-dir {folder} --resume', demo)
     assert same(final(demo / folder), undisturbed(1))
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run(undisturbed, demo):
+    line = [sys.executable, str(ROOT / 'train.py'), *OPTIONS.split(), '--workers', '1', '--work-dir', 'piped']
+    process = subprocess.Popen(line, cwd=demo, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait(timeout=60) == 0
+    assert same(final(demo / 'piped'), undisturbed(1))
 
 
 def test_another_number_of_processes_goes_on_with_what_is_left(demo, dies):
@@ -225,13 +248,13 @@ def test_damaged_checkpoints_are_named_and_skipped(undisturbed, demo, tmp_path):
     (tmp_path / 'latest.pth').write_bytes(flipped)
     (tmp_path / 'epoch_10.pth').write_bytes(whole[: len(whole) // 2])
     (tmp_path / 'epoch_9.pth').write_bytes(whole)
-    args, shown = train.parse_args(['--resume', '--work-dir', str(tmp_path)]), []
-    assert train.find_checkpoint(args, shown.append)[1] == f'{tmp_path}/epoch_9.pth'
-    assert f'skipping {tmp_path}/latest.pth: not a checkpoint, or a damaged one (wrong checksum' in shown[0]
-    assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint, or a damaged one' in shown[1]
+    shown = []
+    assert checkpoint.newest(tmp_path, shown.append)[1] == f'{tmp_path}/epoch_9.pth'
+    assert f'skipping {tmp_path}/latest.pth: a damaged checkpoint (wrong checksum' in shown[0]
+    assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint of train.py or MMAction2, or a' in shown[1]
     (tmp_path / 'epoch_9.pth').unlink()
     with pytest.raises(ValueError, match='no checkpoint in it is whole'):
-        train.find_checkpoint(args, shown.append)
+        checkpoint.newest(tmp_path, shown.append)
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
@@ -265,23 +288,20 @@ def test_a_killed_loader_worker_ends_the_run_with_a_line(demo, dies):
     assert 'DataLoader worker' in result.stderr and 'Traceback' not in result.stderr
 
 
-def test_the_signal_of_a_dead_worker_does_not_interrupt_the_line_about_it():
+def test_the_signal_of_a_dead_worker_does_not_interrupt_the_line_about_it(capsys):
     """It can come after the broken connection, when the line is being printed."""
 
     def report(*_):
         raise RuntimeError('DataLoader worker is killed by signal: Killed.')
 
-    def batches():
-        raise ConnectionResetError(104, 'Connection reset by peer')
-        yield
-
     before = signal.signal(signal.SIGCHLD, report)
     try:
-        _, trouble = train.next_batch(batches())
+        with pytest.raises(SystemExit), processes('train.py'):
+            raise ConnectionResetError(104, 'Connection reset by peer')
         os.kill(os.getpid(), signal.SIGCHLD)
     finally:
         signal.signal(signal.SIGCHLD, before)
-    assert trouble.endswith('(DataLoader worker: [Errno 104] Connection reset by peer)')
+    assert capsys.readouterr().err.endswith('(DataLoader worker: [Errno 104] Connection reset by peer)\n')
 
 
 def test_a_second_run_keeps_out_of_the_folder(demo):
@@ -289,7 +309,101 @@ def test_a_second_run_keeps_out_of_the_folder(demo):
     with open(demo / 'held/log.jsonl', 'w') as log:
         fcntl.lockf(log, fcntl.LOCK_EX)
         result = run(f'train.py {OPTIONS} --work-dir held --resume', demo, expect=1)
-    assert result.stderr.strip() == 'train.py: held is in use by a run that goes on; --work-dir takes another'
+    assert result.stderr.strip() == 'train.py: held is in use by a run; --work-dir takes another folder'
+
+
+def test_a_bug_on_one_rank_ends_all_with_its_traceback(demo, dies):
+    start = time.monotonic()
+    line = dies('torch.nn.utils.clip_grad_norm_', 3, 'bug', rank=1, signum=0)
+    result = run(f'torchrun --nproc_per_node=2 {line}', demo, expect=1)
+    assert "KeyError: 'a bug'" in result.stderr and time.monotonic() - start < 60
+    assert not processes_with('bug')
+
+
+def test_a_validation_that_does_not_end_loses_nothing(undisturbed, demo, dies):
+    line = dies('evaluate.score_views', 1, 'invalid').replace('--no-validate', '')
+    run(line, demo, expect=-signal.SIGKILL)
+    saved = torch.load(demo / 'invalid/latest.pth', weights_only=True)
+    assert (saved['epoch'], saved['done']) == (1, {'video': 32, 'image': 40})
+    run(f'train.py {OPTIONS} --workers 1 --work-dir invalid --resume'.replace('--no-validate', ''), demo)
+    assert same(final(demo / 'invalid'), undisturbed(1))
+    records = [json.loads(line) for line in (demo / 'invalid/log.jsonl').read_text().splitlines()]
+    steps = [(record['epoch'], record['step']) for record in records if 'step' in record]
+    assert steps == [(epoch, step) for epoch in (1, 2, 3) for step in range(1, 9)]
+    assert [record['epoch'] for record in records if 'mode' in record] == [2, 3]
+
+
+def test_other_files_in_the_work_folder_are_left_alone(demo):
+    folder = demo / 'mine'
+    folder.mkdir()
+    names = {'resnet50.pth', 'epoch_1_backup.pth', 'events.out.tfevents.1', 'x.pth.tmp', 'notes.tmp'}
+    for name in names:
+        (folder / name).write_text(name)
+    output = run(f'train.py {OPTIONS} --workers 1 --work-dir mine --resume --val-interval 1', demo).stdout
+    assert 'nothing to resume in mine: starting afresh' in output
+    assert all((folder / name).read_text() == name for name in names)
+    assert (folder / 'epoch_3.pth').exists() and 'all 3 epochs are done' not in output
+    output = run(f'train.py {OPTIONS} --workers 1 --work-dir mine --resume', demo).stdout
+    assert 'all 3 epochs are done: nothing is left to train' in output
+
+
+def test_the_demo_starts_anew_over_a_demo_only(undisturbed, demo):
+    undisturbed(1)
+    shutil.copytree(demo / 'undisturbed1', demo / 'again')
+    run(f'train.py {OPTIONS} --workers 1 --work-dir again --epochs 1', demo)
+    assert {path.name for path in (demo / 'again').glob('*.pth')} == {'epoch_1.pth', 'latest.pth'}
+    records = (demo / 'again/log.jsonl').read_text().splitlines()
+    assert len(records) == 8
+    saved = torch.load(demo / 'again/latest.pth', weights_only=True)
+    saved['settings']['demo'] = False
+    torch.save(saved, demo / 'again/latest.pth')
+    result = run(f'train.py {OPTIONS} --work-dir again', demo, expect=1)
+    assert result.stderr.strip() == (
+        'train.py: again holds a run: --resume goes on with it, --work-dir takes another folder'
+    )
+    assert (demo / 'again/epoch_1.pth').exists()
+
+
+def test_other_settings_take_effect_on_resume(undisturbed, demo):
+    undisturbed(1)
+    shutil.copytree(demo / 'undisturbed1', demo / 'changed')
+    options = '--epochs 4 --weight-decay 0.01 --momentum 0.8 --precision fp16'
+    output = run(f'train.py {OPTIONS} {options} --workers 1 --work-dir changed --resume', demo).stdout
+    assert 'changed since the checkpoint: weight_decay 0.0001 -> 0.01' in output
+    group = torch.load(demo / 'changed/latest.pth', weights_only=True)['optimizer']['param_groups'][0]
+    assert (group['weight_decay'], group['momentum']) == (0.01, 0.8)
+
+
+def test_labels_that_change_their_meaning_are_refused_on_resume(demo):
+    lists = '--val-list data/demo/video_val.txt --val-root data/demo/videos_val --no-validate --video-only'
+    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
+    (demo / 'list.txt').write_text('\n'.join(lines))
+    labels = (demo / 'data/demo/video_labels.txt').read_text().splitlines()
+    (demo / 'names.txt').write_text('\n'.join(labels))
+    line = f'train.py {OPTIONS} {lists} --video-list list.txt --video-labels names.txt --work-dir named'
+    run(f'{line} --workers 1 --epochs 1', demo)
+
+    (demo / 'names.txt').write_text('\n'.join([labels[0], 'other', *labels[2:]]))
+    result = run(f'{line} --resume', demo, expect=1)
+    assert "video label 1 was 'stripes falling' there and is 'other' now" in result.stderr
+    (demo / 'names.txt').write_text('\n'.join(labels))
+    swapped = [f'{line[:-1]}{(int(line[-1]) + 1) % 8}' for line in lines]
+    (demo / 'list.txt').write_text('\n'.join(swapped))
+    result = run(f'{line} --resume', demo, expect=1)
+    assert 'the same videos have other labels now than when it was saved' in result.stderr
+    (demo / 'list.txt').write_text('\n'.join(lines[:-1]))
+    output = run(f'{line} --resume --epochs 1', demo).stdout
+    assert 'changed since the checkpoint: the list of training videos' in output
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, 'Operation not supported')
+
+    monkeypatch.setattr(os, 'link', no_links)
+    checkpoint.write({'model': {'weight': torch.ones(3)}}, tmp_path, 'epoch_1.pth', 'latest.pth')
+    assert {path.name for path in tmp_path.iterdir()} == {'epoch_1.pth', 'latest.pth'}
+    assert torch.equal(checkpoint.load(tmp_path / 'epoch_1.pth')['model']['weight'], torch.ones(3))
 
 
 def test_nothing_to_resume_starts_afresh(demo):

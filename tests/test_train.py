@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import evaluate
 import train
+from runtime.log import Log
 
 REFERENCE = Path(__file__).parent / 'reference'
 SMALL = '--demo --width 8 --workers 1 --images-per-gpu 8'
@@ -176,10 +178,9 @@ def test_two_processes(demo):
         f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
         'import os, json, torch, data, train\n'
         'paths, collate = [], data.collate\n'
-        'def recording(items):\n'
-        '    if items[0].path:  # not what DDP is tried on before the first step\n'
-        '        paths.append([item.path for item in items])\n'
-        '    return collate(items)\n'
+        'def recording(samples):\n'
+        '    paths.append([item.path for _, item in samples])\n'
+        '    return collate(samples)\n'
         'data.collate = recording\n'
         'network = train.main()\n'
         'rank = os.environ["RANK"]\n'
@@ -198,7 +199,9 @@ def test_two_processes(demo):
     ]
     for rank in (0, 1):
         drawn = json.loads((demo / f'rank{rank}.json').read_text())
-        sampler = data.JointSampler(32, 40, 4, 5, rank, 2, seed=3, epochs=2)
+        sampler = data.JointSampler(
+            {'video': 32, 'image': 40}, {'video': 4, 'image': 5}, rank, 2, seed=3, epochs=2
+        )
         expected = [
             [lists[source == 'image'][index].rsplit(' ', 1)[0] for source, _, index in batch]
             for batch in sampler
@@ -213,14 +216,16 @@ def test_learning_rate_scales_with_the_videos_of_a_step(demo):
 
 def test_an_unreadable_file_does_not_end_the_run(demo):
     lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
-    (demo / 'data/demo/videos_train/torn file.mp4').write_bytes(b'\0' * 1000)
-    (demo / 'torn.txt').write_text('\r\n'.join([*lines, '', 'torn file.mp4 3  ']))
+    name = 'torn file \udcff.mp4'  # not UTF-8
+    (demo / 'data/demo/videos_train' / name).write_bytes(b'\0' * 1000)
+    text = '\r\n'.join([*lines, '', f'{name} 3  '])
+    (demo / 'torn.txt').write_text(text, errors='surrogateescape')
     output = run(
         f'train.py {SMALL} --epochs 3 --video-list torn.txt --work-dir torn --videos-per-gpu 11', demo
     ).stdout
     assert '1 unreadable samples were replaced, see torn/bad_samples.txt' in output
-    listed = (demo / 'torn/bad_samples.txt').read_text().splitlines()
-    assert all(line.startswith('data/demo/videos_train/torn file.mp4: ') for line in listed) and listed
+    listed = (demo / 'torn/bad_samples.txt').read_text(errors='surrogateescape').splitlines()
+    assert all(line.startswith(f'data/demo/videos_train/{name}: ') for line in listed) and listed
 
 
 def test_too_many_unreadable_files_end_the_run(demo):
@@ -262,12 +267,17 @@ def test_the_fused_step_leaves_weights_alone_where_told():
     ('arguments', 'message'),
     [
         ('', 'data/kinetics400/kinetics400_train_list_videos.txt: no such file.*--video-list.*--demo'),
-        ('--demo --video-root nowhere', 'nowhere: no such folder.*--video-root'),
+        ('--demo --video-root nowhere', 'nowhere/.*: no such file, .* --video-root names the folder'),
         ('--demo --image-list empty.txt', 'empty.txt: no samples'),
         ('--demo --image-list nolabel.txt', 'nolabel.txt:1: no label'),
         ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range; 8 classes'),
         ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other of the first of gone.txt'),
-        ('--demo --videos-per-gpu 33', '32 training videos are too few for one step of 1 x 33'),
+        ('--demo --videos-per-gpu 33', '32 training videos are too few .* 1 x 33; lower --videos-per-gpu'),
+        ('--demo --image-val-list typo.txt', 'typo.txt: no such file, expected there by --image-val-list'),
+        ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
+        ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
+        ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
+        ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
         ('--demo --resume other.pth', 'other.pth: weight'),
         ('--demo --init-2d other.pth', 'other.pth: conv1.weight is'),
@@ -286,12 +296,42 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'nolabel.txt').write_text('a.jpg\n')
     (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
     (demo / 'gone.txt').write_text('gone.mp4 1\n')
+    (demo / 'one_class.txt').write_text('stripes_000.jpg 0\nstripes_001.jpg 0\n')
+    (demo / 'huge.txt').write_text('stripes_000.jpg 0\nstripes_001.jpg 1000000\n')
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
     usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', 'per-gpu 1', 'size', 'only'))
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
+
+
+def test_odd_lists_are_pointed_out(demo):
+    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
+    one_based = [f'{line[:-1]}{int(line[-1]) + 1}' for line in lines]
+    (demo / 'one_based.txt').write_text('\n'.join([*one_based, '../images_train/dots_000.jpg 3']))
+    (demo / 'longer.txt').write_text('\n'.join(['stripes', 'checks', 'dots', 'zigzag', 'plaid', 'fur']))
+    options = '--video-list one_based.txt --video-labels= --image-labels longer.txt --work-dir odd --epochs 1'
+    output = run(f'train.py {SMALL} {options}', demo).stdout
+    assert 'one_based.txt: no video of 1 of the 9 classes, such as class 0; labels are expected to' in output
+    assert 'one_based.txt: 1 of the 33 videos are images, each a video of one frame' in output
+    assert 'image_train.txt: no image of 2 of the 6 classes, such as plaid\n' in output
+
+
+def test_own_lists_are_not_paired_with_the_published_validation_sets(demo):
+    own = '--video-list data/demo/video_train.txt --image-list mine --image-root data/demo/images_train'
+    args = train.parse_args(own.split())
+    assert (args.val_list, args.image_val_list) == (None, None)
+    args = train.parse_args([])
+    assert args.val_list == evaluate.VAL_LIST and args.image_val_list is None  # it does not exist here
+    args = train.parse_args([*own.split(), '--val-list', 'a.txt', '--image-val-list', 'b.txt'])
+    assert (args.val_list, args.image_val_list) == ('a.txt', 'b.txt')
+
+
+def test_the_log_is_json_whatever_the_numbers(tmp_path):
+    log = Log(tmp_path, torch.device('cpu'))
+    log.write({'step': 3, 'grad_norm': float('inf'), 'loss': float('nan')}, 3, 'train')
+    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 3, "grad_norm": null, "loss": null}\n'
 
 
 def test_a_run_is_not_overwritten_unasked(demo, fails):

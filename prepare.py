@@ -1,0 +1,561 @@
+"""Making data ready: a small set to try things with; files of one's own checked, made faster, looked at.
+
+    python prepare.py demo DIR            the small set of videos and images that `train.py --demo` trains on
+    python prepare.py check LIST-or-DIR   read every file as training will, and name what cannot be read
+    python prepare.py encode SRC DST      a smaller copy of a tree of videos that decodes faster
+    python prepare.py show OUT.png        a picture of training samples, as they are read and as they are fed
+
+Each command is a function of that name, `make_demo` the first; `in_parallel` is how they use all cores.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import itertools
+import multiprocessing.connection
+import os
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.frame import PictureType
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from video import VideoReader, upright
+
+# ----------------------------------------------------------------------------------------------------------
+# check: what neither training nor evaluation may stumble over
+# ----------------------------------------------------------------------------------------------------------
+
+
+def check(source: str, root: str = '') -> tuple[int, list[str]]:
+    """Read all files of a list or of class folders -> how many, and `path: reason` of each bad one."""
+    if os.path.isdir(source):
+        endings = data.VIDEO_ENDINGS + data.IMAGE_ENDINGS
+        paths = [path for path, _ in data.class_files(source, data.class_names(source), endings)]
+    else:
+        samples = data.read_list(source, root, videos=True)
+        paths = [samples.path(index) for index in range(len(samples))]
+    jobs = [(path,) for path in dict.fromkeys(paths)]
+    results = in_parallel(check_file, jobs, 'checking')
+    return len(jobs), sorted(f'{path}: {reason}' for (path,), reason in results if reason)
+
+
+def check_file(path: str) -> None:
+    """Read a file as a training sample is read, then all of it. A damaged one can raise any Exception."""
+    rng = data.generator('check')
+    if path.lower().endswith(data.IMAGE_ENDINGS):
+        data.ImageDataset(None).load(path, rng)  # decodes a large JPEG at half its size or less
+        data.ImageDataset(None, 'val').load(path, None)
+        return
+    data.VideoDataset(None).load(path, rng)
+    with VideoReader(path) as video:
+        for _ in video.frames(range(len(video))):
+            pass
+
+
+# ----------------------------------------------------------------------------------------------------------
+# encode: the same videos, smaller, with many key frames
+# ----------------------------------------------------------------------------------------------------------
+
+
+def encode(source: str, target: str, short_side: int = 256, gop: int = 16) -> tuple[int, list[str]]:
+    """`encode_file` for all videos below a folder -> how many, and `path: reason` of each bad one.
+
+    Names stay as they are, so that lists stay valid: `x.avi` is `x.avi` again, with MP4 inside, and FFmpeg
+    goes by that. Raises ValueError for folders that do not fit, OSError where nothing can be written.
+    """
+    if not os.path.isdir(source):
+        raise ValueError(f'{source}: no such folder; encode takes a folder of videos')
+    copies = os.path.realpath(target)
+    if os.path.realpath(source) == copies:
+        raise ValueError(f'{target}: the copy needs a folder of its own')
+    jobs = []
+    for folder, folders, names in os.walk(source, followlinks=True):
+        # The copies may lie inside the source.
+        folders[:] = sorted(n for n in folders if os.path.realpath(os.path.join(folder, n)) != copies)
+        below = os.path.normpath(os.path.join(target, os.path.relpath(folder, source)))
+        for name in sorted(names):
+            if name.lower().endswith(data.VIDEO_ENDINGS) and not name.startswith('.'):
+                jobs.append((os.path.join(folder, name), os.path.join(below, name), short_side, gop))
+    if not jobs:
+        raise ValueError(f'{source}: no videos below it; they end with {" ".join(data.VIDEO_ENDINGS)}')
+    for folder in {os.path.dirname(job[1]): 0 for job in jobs}:
+        os.makedirs(folder, exist_ok=True)
+    bad, parts = [], {job: Path(f'{job[1]}.part') for job in jobs}
+    try:
+        with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
+            for job, reason in results:
+                if reason:
+                    bad.append(f'{job[0]}: {reason}')
+                    parts[job].unlink(missing_ok=True)  # its process may have been killed
+                del parts[job]
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return len(jobs), sorted(bad)
+
+
+def encode_file(source: str, target: str, short_side: int, gop: int) -> None:
+    """Write a video anew as H.264 in MP4: upright, short side at most `short_side`, a key frame every `gop`
+    frames, 8 bits in 4:2:0, without sound; frame by frame the same video in the same colours.
+
+    A finished `target` is left alone; one that is there is finished, as it is written beside and renamed.
+    Raises OSError where it cannot be written; a damaged source can raise any Exception.
+    """
+    if os.path.exists(target):
+        return
+    part, count = f'{target}.part', 0
+    try:
+        with VideoReader(source) as video, av.open(part, 'w', format='mp4') as container:
+            rate = video.stream.average_rate or 30
+            options = {'crf': '20', 'preset': 'veryfast', 'x264-params': f'keyint={gop}:scenecut=0'}
+            stream = container.add_stream('libx264', rate=rate, options=options)
+            codec, reformatter = stream.codec_context, VideoReformatter()
+            codec.pix_fmt, codec.thread_count = 'yuv420p', 1
+            for number, frame in video.decode():
+                frame = upright_yuv(frame)
+                if not number:
+                    side = min(short_side, frame.width, frame.height)
+                    sides = data.short_side_to(side, frame.height, frame.width)
+                    codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # even, for 4:2:0
+                    # Where these are not said, BT.601 and limited range are what a reader takes them for.
+                    codec.colorspace, codec.color_range = frame.colorspace, frame.color_range
+                    codec.color_primaries, codec.color_trc = frame.color_primaries, frame.color_trc
+                levels = {'dst_color_range': codec.color_range}
+                size = codec.width, codec.height
+                frame = reformatter.reformat(
+                    frame, *size, 'yuv420p', interpolation='BICUBIC', threads=1, **levels
+                )
+                frame.pts, frame.time_base = number, 1 / rate
+                frame.pict_type = PictureType.NONE  # else it would be a key frame again where it was one
+                container.mux(stream.encode(frame))
+                count = number + 1
+            container.mux(stream.encode(None))
+            if count < len(video):
+                raise ValueError(f'only {count} of {len(video)} frames can be decoded')
+        os.replace(part, target)
+    except Exception:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
+    """A frame as it is, unless it has to be turned or is not in YUV: then in 4:4:4, its colours marked.
+
+    Turned in YUV, as the way to RGB and back can cost three levels of 255.
+    """
+    is_rgb = frame.format.is_rgb or frame.colorspace == 0  # the latter with a palette
+    if not is_rgb and 'DISPLAYMATRIX' not in frame.side_data:
+        return frame
+    matrix, levels = (Colorspace.ITU601, ColorRange.MPEG) if is_rgb else (None, frame.color_range)
+    yuv = frame.reformat(format='yuv444p', dst_colorspace=matrix, dst_color_range=levels)
+    planes = upright(yuv.to_ndarray().transpose(1, 2, 0), frame).transpose(2, 0, 1)  # (3, H, W)
+    turned = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), 'yuv444p')
+    turned.colorspace, turned.color_range = (yuv if is_rgb else frame).colorspace, yuv.color_range
+    turned.color_primaries, turned.color_trc = frame.color_primaries, frame.color_trc
+    return turned
+
+
+# ----------------------------------------------------------------------------------------------------------
+# show: samples as they are read and as they are fed
+# ----------------------------------------------------------------------------------------------------------
+
+
+def show(
+    out: str, videos: data.Samples | None, images: data.Samples | None, size: int = 112, seed: int = 0
+) -> list[str]:
+    """Draw the first three training clips and eight images of epoch 0, or what there is, as a PNG: what is
+    read from a file, and below it what the network is fed. Gives a line for each file that is unreadable."""
+    rows, titles, bad = [], [], []
+
+    def draw(dataset: data.VideoDataset | data.ImageDataset, index: int) -> tuple[data.Item | None, str]:
+        path, label = dataset.samples.path(index), dataset.samples.labels[index]
+        try:
+            item = dataset[0, index]
+        except RuntimeError as error:
+            bad.append(str(error))
+            return None, f'{path} (label {label}) is unreadable, and so is what would take its place'
+        bad.extend(item.bad)
+        replaced = f' in place of {path}, which is unreadable' if item.bad else ''
+        return item, f'{item.path} (label {item.label}){replaced}'
+
+    if videos:
+        dataset = data.VideoDataset(videos, size=size, seed=seed)
+        for index in range(min(3, len(videos))):
+            item, title = draw(dataset, index)
+            rows.append([])
+            titles.append(title)
+            if item:
+                rng = data.augmentation(dataset, 0, index)  # as for the sample itself
+                with VideoReader(item.path) as video:
+                    clip = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, rng=rng)
+                    rows[-1] = torch.from_numpy(video.get_batch(clip[0])).permute(0, 3, 1, 2)
+                rows.append(item.pixels.transpose(0, 1))
+                titles.append('as it is fed')
+    if images:
+        dataset = data.ImageDataset(images, size=size, seed=seed)
+        drawn = [draw(dataset, index) for index in range(min(8, len(images)))]
+        rows += [[], [item.pixels for item, _ in drawn if item]]
+        titles += ['; '.join(title for _, title in drawn), 'as they are fed']
+        for item in (item for item, _ in drawn if item):
+            with Image.open(item.path) as image:
+                whole = data.to_tensor(ImageOps.exif_transpose(image)).permute(1, 2, 0).numpy()
+            whole = ImageOps.pad(Image.fromarray(whole), (size, size), color='white')
+            rows[-2].append(data.to_tensor(whole))
+    draw_rows(out, rows, titles, size)
+    return bad
+
+
+def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
+    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, every row under its label.
+
+    A label takes as many lines as it needs. Raises OSError where `out` cannot be written.
+    """
+    gap, line = 2, 16
+    rows = [[to_image(pixels, size) for pixels in row] for row in rows]
+    width = max([480, *(sum(image.width + gap for image in row) + gap for row in rows)])
+    titles = [wrap(label, width - 4 * gap) for label in labels]
+    height = sum(len(lines) * line + size + 4 * gap for lines, _ in titles)
+    picture = Image.new('RGB', (width, height), 'white')
+    drawing, y = ImageDraw.Draw(picture), 0
+    for (lines, font), row in zip(titles, rows):
+        for text in lines:
+            drawing.text((2 * gap, y + gap), text, 'black', font)
+            y += line
+        x = gap
+        for image in row:
+            picture.paste(image, (x, y + 2 * gap))
+            x += image.width + gap
+        y += (size + 4 * gap) if row else 2 * gap
+    picture.crop((0, 0, width, y)).save(out, format='PNG')
+
+
+def to_image(pixels: Tensor, height: int) -> Image.Image:
+    width = max(round(pixels.shape[-1] * height / pixels.shape[-2]), 1)
+    return Image.fromarray(data.resize(pixels, height, width).permute(1, 2, 0).contiguous().numpy())
+
+
+@functools.cache
+def fonts() -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own, which has the letters of English, and those of the system that have others."""
+    found = [ImageFont.load_default(12)]
+    for name in ('DejaVuSans', 'Arial Unicode', 'Arial', 'arial', 'NotoSans-Regular'):
+        with contextlib.suppress(OSError):  # not installed
+            found.append(ImageFont.truetype(f'{name}.ttf', 12))
+    return found
+
+
+def wrap(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """A text in lines of at most `width` pixels, and the font that has most of its letters; the others are
+    written like \\u4e2d."""
+    text = unicodedata.normalize('NFC', text)  # a Mac writes the dots of an u as a letter of their own
+
+    def lacks(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+        if letter.isascii() or not letter.isprintable():
+            return not letter.isprintable()
+        # The second is no letter, so it looks like any that is missing.
+        return bytes(font.getmask(letter)) == bytes(font.getmask('\U0010fffd'))
+
+    lacking = {font: [letter for letter in set(text) if lacks(font, letter)] for font in fonts()}
+    font = min(lacking, key=lambda font: len(lacking[font]))
+    for letter in lacking[font]:
+        text = text.replace(letter, letter.encode('unicode_escape').decode())
+    lines = []
+    while text:
+        end = len(text)
+        while end > 1 and font.getlength(text[:end]) > width:
+            end -= 1
+        if end < len(text) and ' ' in text[:end]:
+            end = text.rindex(' ', 0, end) + 1
+        lines.append(text[:end])
+        text = text[end:]
+    return lines, font
+
+
+# ----------------------------------------------------------------------------------------------------------
+# demo: a small set of real files
+# ----------------------------------------------------------------------------------------------------------
+
+DEMO_PATTERNS = ('stripes', 'checks', 'dots', 'zigzag')
+DEMO_MOTIONS = ('rising', 'falling')
+DEMO_SIZE = (64, 96)  # height, width of every picture
+DEMO_FRAMES = 80
+
+
+def make_demo(
+    root: str,
+    train_videos: int = 50,
+    val_videos: int = 12,
+    train_images: int = 150,
+    val_images: int = 20,
+    clutter: float = 0,
+):
+    """Make a small set of real files below `root`: MP4 videos, JPEG images, their lists and label maps.
+
+    Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
+    video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
+    neither. The numbers are per class. `clutter` is the strength, in levels of 255, of a coloured scene
+    behind the pattern, which makes it harder to see. A complete set is left as it is; `image_labels.txt`,
+    written last, says so.
+    """
+    root = Path(root)
+    if (root / 'image_labels.txt').exists():
+        print(f'reusing the set in {root}')
+        return
+    videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in DEMO_MOTIONS]
+    jobs = []
+    for split, video_count, image_count in (
+        ('train', train_videos, train_images),
+        ('val', val_videos, val_images),
+    ):
+        for source, classes, count, suffix in (
+            ('video', videos, video_count, 'mp4'),
+            ('image', DEMO_PATTERNS, image_count, 'jpg'),
+        ):
+            (root / f'{source}s_{split}').mkdir(parents=True, exist_ok=True)
+            lines = []
+            for number in range(len(classes) * count):
+                label = number % len(classes)
+                name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
+                file = root / f'{source}s_{split}' / name
+                jobs.append((file, classes[label], source, split, number, clutter))
+                lines.append(f'{name} {label}\n')
+            (root / f'{source}_{split}.txt').write_text(''.join(lines))
+    for job, reason in in_parallel(_draw_demo_file, jobs, f'making {root}'):
+        if reason:
+            raise OSError(f'{job[0]} cannot be written ({reason})')
+    (root / 'video_labels.txt').write_text('\n'.join(videos) + '\n')
+    (root / 'image_labels.txt').write_text('\n'.join(DEMO_PATTERNS) + '\n')
+
+
+def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int, clutter: float) -> None:
+    rng = data.generator(f'demo {source} {split}', number)
+    pattern, _, motion = name.partition(' ')
+    height, width = DEMO_SIZE
+    fine = 2  # drawn twice as fine, for smooth edges
+    period = fine * rng.uniform(13, 20)
+    speed = period / 32 * rng.uniform(0.7, 1.3) * {'rising': 1, 'falling': -1, '': 0}[motion]  # per frame
+    y, x = (axis + period * rng.uniform() for axis in np.ogrid[: height * fine, : width * fine])
+    texture = rng.normal(0, 12, (height, width, 1))
+    slope = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-30, 30, 3)
+    back, front = rng.uniform(20, 90, 3), rng.uniform(140, 250, 3)
+    for cells in (2, 4, 8, 16) if clutter else ():
+        scene = torch.from_numpy(rng.normal(0, clutter, (1, 3, cells, cells * width // height)))
+        texture = texture + F.interpolate(scene, (height, width), mode='bilinear')[0].movedim(0, 2).numpy()
+    frames = []
+    for t in range(DEMO_FRAMES if source == 'video' else 1):
+        cover = _pattern(pattern, (y + speed * t) / period, x / period)
+        cover = cover.reshape(height, fine, width, fine).mean((1, 3))[..., None]
+        frames.append(np.clip(back + slope + (front - back) * cover + texture, 0, 255).astype(np.uint8))
+    if source == 'image':
+        Image.fromarray(frames[0]).save(path, quality=90)
+        return
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(
+            'libx264', rate=30, options={'crf': '20', 'g': '24', 'preset': 'veryfast'}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        container.mux(stream.encode(None))
+
+
+def _pattern(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Where a pattern is bright, in coordinates that are 1 from one repetition to the next."""
+    if name == 'stripes':
+        return (y % 1 < 0.5) | (0 * x > 0)
+    if name == 'checks':
+        return (y % 1 < 0.5) ^ (x % 1 < 0.5)
+    if name == 'dots':
+        return (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2
+    return (y + abs(x % 1 - 0.5)) % 1 < 0.5  # zigzag
+
+
+# ----------------------------------------------------------------------------------------------------------
+# All cores at once
+# ----------------------------------------------------------------------------------------------------------
+
+
+def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
+    """Yield (job, reason) for each job as it is done, on all cores, with a progress bar.
+
+    `reason` is '' or, in a line, what function(*job) raised or what killed its process; each has one job at a
+    time, so that it is known which file it was. Raises OSError where the disk is full, or no process starts.
+    """
+    context, waiting = multiprocessing.get_context('spawn'), iter(jobs)
+    processes, busy = [], {}
+
+    def start(job: tuple) -> None:
+        pipe, far_end = context.Pipe()
+        process = context.Process(target=_work, args=(far_end, function), daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+        process.start()
+        processes.append(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        far_end.close()  # the process has its own, and alone: its death closes the pipe
+        pipe.send(job)
+        busy[pipe] = process, job
+
+    try:
+        for job in itertools.islice(waiting, os.cpu_count() or 1):
+            start(job)
+        with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
+            while busy:
+                for pipe in multiprocessing.connection.wait(list(busy)):
+                    process, job = busy.pop(pipe)
+                    try:
+                        reason, number = pipe.recv()
+                    except (EOFError, OSError):
+                        reason, number, pipe = _death(process), None, None
+                    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+                        raise OSError(f'{reason}; the files that are finished stay')  # all others would fail
+                    following = next(waiting, None)
+                    if following and pipe:
+                        pipe.send(following)
+                        busy[pipe] = process, following
+                    elif following:
+                        start(following)
+                    bar.update()
+                    yield job, reason
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
+            process.kill()
+
+
+def _death(process: multiprocessing.Process) -> str:
+    process.join()
+    if process.exitcode >= 0:
+        raise OSError(f'a process to work with ended with exit code {process.exitcode}')
+    name = signal.Signals(-process.exitcode).name
+    return f'its process was killed by {name}' + ' (out of memory?)' * (name == 'SIGKILL')
+
+
+def _work(pipe: multiprocessing.connection.Connection, function: Callable) -> None:
+    """Do the jobs that come through a pipe, until it is closed."""
+    torch.set_num_threads(1)
+    try:
+        while True:
+            job = pipe.recv()
+            try:
+                function(*job)
+                result = '', None
+            except Exception as error:  # damaged files make decoders raise anything
+                result = data.one_line(error), getattr(error, 'errno', None)
+            pipe.send(result)
+    except (EOFError, OSError):  # no more, or the main process is gone
+        os._exit(0)  # at once; taking torch down takes a second
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        'prepare.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    command = commands.add_parser('demo', description='Make the small set that `train.py --demo` trains on.')
+    command.add_argument('dir', metavar='DIR')
+    about = 'Read every file as training and evaluation do, and all of it; name what cannot be read.'
+    command = commands.add_parser('check', description=about)
+    command.add_argument(
+        'source', metavar='LIST-or-DIR', help='"path label" lines, or a folder of class folders'
+    )
+    command.add_argument('--root', default='', help='folder that the paths of a list are below')
+    command.add_argument('--out', default='bad_samples.txt', help='what is bad (default: %(default)s)')
+    about = (
+        'Copy a tree of videos as H.264, smaller and with many key frames, so that it decodes faster. Names '
+        'stay as they are, so that lists stay valid: x.avi is x.avi again, with MP4 inside, and FFmpeg goes '
+        'by that. The same command goes on where one was stopped; bad files are in DST/bad_samples.txt.'
+    )
+    command = commands.add_parser('encode', description=about)
+    command.add_argument('src', metavar='SRC')
+    command.add_argument('dst', metavar='DST')
+    command.add_argument(
+        '--short-side', type=data.positive, default=256, help='(default: %(default)s, or less)'
+    )
+    command.add_argument(
+        '--gop', type=data.positive, default=16, help='a key frame every (default: %(default)s)'
+    )
+    about = 'Draw training samples as they are read and, below, as they are fed.'
+    command = commands.add_parser('show', description=about)
+    command.add_argument('out', metavar='OUT.png')
+    for source, path in (('video', 'videos'), ('image', 'images')):
+        help = f'or class folders (default: data/demo/{source}_train.txt, if it is there)'
+        command.add_argument(f'--{source}-list', metavar='LIST', help=help)
+        help = f'folder that its paths are below (default with that: data/demo/{path}_train)'
+        command.add_argument(f'--{source}-root', metavar='DIR', help=help)
+    command.add_argument(
+        '--size', type=data.positive, default=112, help='of the crops (default: %(default)s)'
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # file names may be anything
+    try:
+        if args.command == 'demo':
+            make_demo(args.dir)
+        elif args.command == 'check':
+            report(args.source, *check(args.source, args.root), args.out)
+        elif args.command == 'encode':
+            bad = os.path.join(args.dst, 'bad_samples.txt')
+            report(args.src, *encode(args.src, args.dst, args.short_side, args.gop), bad)
+        else:
+            show_lists(args)
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        print(f'prepare.py: {"stopped" if stopped else error}', file=sys.stderr)
+        sys.exit(130 if stopped else 1)
+
+
+def report(source: str, count: int, bad: list[str], out: str) -> None:
+    """Say how many files are bad, write down which, and end with 1 if any is."""
+    print(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
+    if bad:
+        print('\n'.join(bad[:10]) + '\n...' * (len(bad) > 10))
+        Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
+        sys.exit(1)
+    Path(out).unlink(missing_ok=True)  # of an earlier time
+
+
+def show_lists(args: argparse.Namespace) -> None:
+    """`show` with the command's lists, those of the demo where it names none."""
+    sources = []
+    for source in ('video', 'image'):
+        file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
+        if not file and os.path.exists(f'data/demo/{source}_train.txt'):
+            file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
+        sources.append(data.read_list(file, root, videos=source == 'video') if file else None)
+    if not any(sources):
+        raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
+    folder = os.path.dirname(args.out) or '.'
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder}: no such folder to write {os.path.basename(args.out)} in')
+    for line in show(args.out, *sources, args.size):
+        print(line)
+    print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    main()

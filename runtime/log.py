@@ -1,0 +1,106 @@
+"""What a run says of itself: lines on the screen, in log.jsonl, and events where TensorBoard is installed."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.distributed import rank
+
+
+class Log:
+    """A run's log.jsonl, which the main process writes, and what a line of it sums up.
+
+    Steps are added on the device; reading is the only thing that waits for a GPU. data_time is how long the
+    loop waited for batches. A GPU need not have been idle then, as the loop runs ahead of it.
+
+    Raises OSError where the file cannot be written or another run writes to it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device, self.board = folder, device, None
+        self.file = open(folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
+        if rank() == 0:
+            try:  # a lock that ends with the process, however that ends
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):  # others mean a file system without locks
+                    raise OSError(f'{folder} is in use by a run; --work-dir takes another folder') from None
+        self.reset()
+
+    def open_board(self, steps: int) -> None:
+        """Write TensorBoard's events as well, where that is installed, from `steps` on."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        if rank() == 0:
+            self.board = SummaryWriter(str(self.folder), purge_step=steps + 1, flush_secs=10)
+
+    def write(self, record: dict, iteration: int, tag: str) -> None:
+        """Write one line; its numbers also as events."""
+        # JSON has no infinity, which a gradient's norm can be
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        print(json.dumps(finite), file=self.file)
+        for key, value in record.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f'{tag}/{key}', value, iteration)
+
+    def reset(self) -> None:
+        """Begin a new line, and its clock."""
+        self.steps, self.rows, self.files, self.data_time, self.start = [], [], [], 0.0, time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, step: int, files: list[str], losses: dict, logits: dict, labels: dict, grad_norm: Tensor):
+        """Add what `train_step` gave."""
+        self.sources = list(losses)
+        hits = [(logits[source].argmax(1) == labels[source]).float().mean() for source in losses]
+        self.rows.append(torch.stack([*losses.values(), *hits, grad_norm]).float())
+        self.steps.append(step)
+        self.files.append(files)
+
+    def not_finite(self) -> tuple[int, list[str]] | None:
+        """The first step since the last reset whose loss is not finite, and its files."""
+        if not self.rows:
+            return None
+        losses = torch.stack(self.rows)[:, : len(self.sources)]
+        broken = (~losses.isfinite()).any(1).nonzero()
+        return (self.steps[broken[0]], self.files[broken[0]]) if len(broken) else None
+
+    def read(self) -> dict[str, float]:
+        """Means per step since the last reset."""
+        means = torch.stack(self.rows).mean(0).tolist()
+        count = len(self.sources)
+        record = {'loss': sum(means[:count])}
+        record |= {f'{source}_loss': value for source, value in zip(self.sources, means)}
+        record |= {f'{source}_top1': value for source, value in zip(self.sources, means[count:])}
+        record['grad_norm'] = means[-1]
+        record['time'] = (time.perf_counter() - self.start) / len(self.rows)
+        record['data_time'] = self.data_time / len(self.rows)
+        if self.device.type == 'cuda':
+            record['memory_mb'] = torch.cuda.max_memory_allocated() // 2**20
+        else:
+            record['memory_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+        return {key: round(value, 4) for key, value in record.items()}
+
+    def line(self, record: dict, epochs: int, steps: int) -> str:
+        """A record as one reads it."""
+        losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in self.sources)
+        parts = [
+            f'epoch {record["epoch"]}/{epochs} step {record["step"]}/{steps}',
+            f'lr {record["lr"]:.4g}',
+            f'loss {record["loss"]:.3f} ({losses})',
+            'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in self.sources),
+            f'grad {record["grad_norm"]:.2f}',
+            f'{record["time"]:.3f} s/step (data {record["data_time"]:.3f})',
+            f'{record["memory_mb"]:.0f} MB',
+            f'eta {record["eta"]}',
+        ]
+        return '  '.join(parts)

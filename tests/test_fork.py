@@ -1,0 +1,187 @@
+"""What a fork does first: a third source, and another backbone. Each is a copy of the program with the edits
+below, run as commands; they break where the program moves on, and are then to be brought up to date."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+# Another image set, `place`, with its own classes and a head of one layer. A source's name is singular, like
+# `video`: its head is `place_head`, its flags --place-list and --places-per-gpu.
+THIRD_SOURCE = {
+    'runtime/sources.py': """
+         sources.append(open_source(args, 'image', 'image_val', args.images_per_gpu))
++        sources.append(open_source(args, 'place', 'place_val', args.places_per_gpu))
+""",
+    'model.py': """
+         width: int = 64,
++        place_classes: int = 0,
+
+         self.to(memory_format=torch.channels_last)
++        self.place_head = nn.Linear(features, place_classes) if place_classes else None
+
+-        return cls(*classes, tuple(blocks), len(state['conv1.weight']))
++        places = len(state.get('place_head.weight', ()))
++        return cls(*classes, tuple(blocks), len(state['conv1.weight']), places)
+""",
+    'train.py': """
+     add('--image-val-root', is_root, default=evaluate.IMAGE_VAL_ROOT)
++    add('--place-list', is_list, default='data/places/train.txt')
++    add('--place-root', is_root, default='data/places')
++    add('--place-val-list', 'places are validated where it is given')
++    add('--place-val-root', is_root, default='data/places')
+
+     add('--image-labels', 'the same for images')
++    add('--place-labels', 'the same for places')
+
+     add('--images-per-gpu', 'default: both sets take the same number of steps, 85', type=positive)
++    add('--places-per-gpu', 'the same for places', type=positive)
+""",
+}
+
+# torchvision's ResNet-18 over each frame, its features averaged over time. Its BatchNorms are plain ones, so
+# videos and images share running statistics and nothing is folded; --layers and --width mean nothing to it.
+RESNET18 = {
+    'model.py': """
+ import torch.nn.functional as F
++import torchvision
+ from torch import Tensor, nn
+
+-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+-        self.bn1 = BatchNorm(width)
+-        self.layer1 = self._stage(width, width, layers[0], stride=1, temporal=False)
+-        self.layer2 = self._stage(4 * width, 2 * width, layers[1], stride=2, temporal=False)
+-        self.layer3 = self._stage(8 * width, 4 * width, layers[2], stride=2, temporal=True)
+-        self.layer4 = self._stage(16 * width, 8 * width, layers[3], stride=2, temporal=True)
++        self.backbone = torchvision.models.resnet18()
++        self.backbone.fc = nn.Identity()
+
+-        features = 32 * width
++        features = 512
+
+-        blocks = [
+-            1 + max((int(key.split('.')[1]) for key in state if key.startswith(f'layer{i}.')), default=-1)
+-            for i in range(1, 5)
+-        ]
+-        if 'conv1.weight' not in state or 0 in blocks:
+-            raise ValueError('not a SlowOnly network: it has no conv1.weight or lacks a stage')
+
+-        return cls(*classes, tuple(blocks), len(state['conv1.weight']))
++        return cls(*classes)
+
+-        x = F.relu(self.bn1(self.conv1(x), is_image))
+-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+-            for block in stage:
+-                x = block(x, frames, is_image)
+-        return x.mean((2, 3)).unflatten(0, (-1, frames)).mean(1)  # (B*T, C, H, W) -> (B*T, C) -> (B, C)
++        return self.backbone(x).unflatten(0, (-1, frames)).mean(1)  # (B*T, 512) -> (B, 512)
+"""
+}
+
+SMALL = '--demo --width 4 --size 28 --clip-len 4 --workers 0 --val-list video_val.txt'
+
+# Asks itself to stop, as a scheduler does, in the third step.
+STOPS = """
+import os, signal
+import train
+steps, train_step = [], train.train_step
+def stopping(*args):
+    steps.append(None)
+    if len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(*args)
+train.train_step = stopping
+train.main()
+"""
+
+
+@pytest.fixture
+def fork(demo, tmp_path, monkeypatch):
+    """A function that makes a copy of the program, with {file: edits}, and gives back its folder. Edits are
+    written as a diff, with a blank line between places."""
+    for name, value in (('CUDA_VISIBLE_DEVICES', ''), ('OMP_NUM_THREADS', '1')):  # as bits are compared
+        monkeypatch.setenv(name, value)
+
+    def make(edits):
+        (tmp_path / 'runtime').mkdir()
+        for path in [*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py')]:
+            shutil.copy(path, tmp_path / path.relative_to(ROOT))
+        for file, places in edits.items():
+            text = (tmp_path / file).read_text()
+            for place in places.strip('\n').split('\n\n'):
+                old, new = (
+                    '\n'.join(['', *(line[1:] for line in place.splitlines() if line[0] in kept), ''])
+                    for kept in (' -', ' +')
+                )
+                assert text.count(old) == 1, f'{file} has no longer, or no longer once:{old}'
+                text = text.replace(old, new)
+            (tmp_path / file).write_text(text)
+        (tmp_path / 'data').symlink_to(demo / 'data')
+        lines = (demo / 'data/demo/video_val.txt').read_text().splitlines(keepends=True)
+        (tmp_path / 'video_val.txt').write_text(''.join(lines[:8]))
+        return tmp_path
+
+    return make
+
+
+def launch(processes):
+    return f'torchrun --nproc_per_node={processes} ' if processes > 1 else ''
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_third_source(fork, processes):
+    folder = fork(THIRD_SOURCE)
+    for split, count in (('train', 20), ('val', 6)):  # images of the demo, their classes counted backwards
+        lines = (folder / f'data/demo/image_{split}.txt').read_text().splitlines()[:count]
+        lines = [f'{path} {3 - int(label)}\n' for path, label in (line.split() for line in lines)]
+        (folder / f'place_{split}.txt').write_text(''.join(lines))
+    names = (folder / 'data/demo/image_labels.txt').read_text().split()[::-1]
+    (folder / 'place_labels.txt').write_text('\n'.join(names))
+    options = (
+        f'{SMALL} --epochs 2 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 '
+        '--place-list place_train.txt --place-root data/demo/images_train --place-labels place_labels.txt '
+        '--place-val-list place_val.txt --place-val-root data/demo/images_val'
+    )
+    output = run(f'{launch(processes)}./train.py {options} --work-dir whole', folder).stdout
+    assert '40 images in 4 classes and 20 places in 4 classes' in output and 'places, centre crop' in output
+    assert f'{processes} x 5 images and {processes} x 2 places' in output
+    records = [json.loads(line) for line in (folder / 'whole/log.jsonl').read_text().splitlines()]
+    assert len(records) == 2 * (8 // processes) + 1
+    assert all(0 < r['place_loss'] < r['loss'] and 0 <= r['place_top1'] <= 1 for r in records[:-1])
+    assert records[-1]['mode'] == 'val' and {'video_top1', 'image_top1', 'place_top1'} < set(records[-1])
+
+    (folder / 'stops.py').write_text(STOPS)
+    status = 128 + signal.SIGTERM if processes == 1 else 1  # torchrun's own
+    run(f'{launch(processes)}./stops.py {options} --work-dir stopped', folder, expect=status)
+    saved = torch.load(folder / 'stopped/latest.pth', weights_only=True)
+    assert saved['done'] == {'video': 12 * processes, 'image': 15 * processes, 'place': 6 * processes}
+    output = run(f'{launch(processes)}./train.py {options} --work-dir stopped --resume', folder).stdout
+    assert 'resuming from stopped/latest.pth' in output
+    ends = [torch.load(folder / f'{name}/latest.pth', weights_only=True) for name in ('whole', 'stopped')]
+    assert ends[0]['place_labels'] == names and ends[0]['model']['place_head.bias'].shape == (4,)
+    for part in ('model', 'optimizer', 'best'):
+        torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
+    if processes == 1:
+        line = './evaluate.py --ckpt stopped/latest.pth --clips 2 --crops 1 --workers 0'
+        assert '8 videos, 2 clips x 1 crops' in run(line, folder).stdout
+
+
+def test_another_backbone(fork):
+    folder = fork(RESNET18)
+    for processes in (1, 2):
+        options = f'{SMALL} --epochs 1 --videos-per-gpu {8 // processes} --work-dir by{processes}'
+        output = run(f'{launch(processes)}./train.py {options}', folder).stdout
+        assert 'epoch 1/1 step 4/4' in output and 'videos, 10 clips x 3 crops' in output
+        assert 'validation  video_top1' in output and 'image_top1' in output
+    state = torch.load(folder / 'by2/latest.pth', weights_only=True)['model']
+    assert 'backbone.layer4.1.conv2.weight' in state
+    clip, photo = 'data/demo/videos_val/dots_falling_000.mp4', 'data/demo/images_val/dots_000.jpg'
+    evaluate = '--ckpt by2/best.pth --clips 2 --workers 0'
+    lines = [evaluate, f'{evaluate} --images', f'{evaluate} {clip} {photo}']  # one after the other, quicker
+    output = run(['-c', f'import evaluate\nfor line in {lines}: evaluate.main(line.split())'], folder).stdout
+    assert '8 videos, 2 clips x 3 crops' in output and '12 images, centre crop' in output
+    assert f'{clip} (video)\n' in output and f'{photo} (image)\n' in output

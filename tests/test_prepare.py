@@ -1,0 +1,381 @@
+"""Data is made ready: what is bad is named, copies keep names and colours, pictures show what was drawn."""
+
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_video
+from PIL import Image
+
+import data
+import prepare
+from video import VideoReader
+
+REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
+needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f'no real files in {REAL}; set OMNI_REAL')
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ends_with(code, command):
+    """Run a command that ends with an exit code."""
+    with pytest.raises(SystemExit) as exit:
+        prepare.main(command if isinstance(command, list) else command.split())
+    assert exit.value.code == code
+
+
+def turn(path):
+    """Turn a video on its side, as a telephone does: in the header of its track."""
+    content = bytearray(Path(path).read_bytes())
+    matrix = content.index(b'tkhd') + 44
+    content[matrix : matrix + 20] = struct.pack('>5i', 0, 1 << 16, 0, -1 << 16, 0)
+    Path(path).write_bytes(content)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# check
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_check_names_what_cannot_be_read_and_goes_on(folder):
+    os.makedirs('in/a')
+    write_video('in/a/wide.mkv', num_frames=40, size=(96, 300), codec='mpeg4')
+    turn(write_video('in/turned.mp4', num_frames=20))
+    Image.new('RGB', (600, 9)).save('in/a.jpg')
+    Image.new('RGB', (9000, 9)).save('in/thread.png')  # evaluation does not take it
+    Path('in/torn.mp4').write_bytes(b'nothing' * 100)
+    Path('in/end.jpg').write_bytes(Path('in/a.jpg').read_bytes()[:-200])
+    strange = os.fsdecode(b'in/no utf \xff.mp4')
+    Path(strange).write_bytes(b'nothing')
+    lines = [
+        f'{os.path.abspath("in/turned.mp4")} 0',
+        'a/wide.mkv 1',
+        'torn 2',
+        'a.jpg 0',
+        'a.jpg 1',
+        'end.jpg 0',
+    ]
+    lines += ['thread.png 0', f'{strange[3:]} 0']
+    Path('list.txt').write_text('\n'.join(lines), 'utf-8', 'surrogateescape')
+    command = [sys.executable, ROOT / 'prepare.py', *'check list.txt --root in'.split()]
+    result = subprocess.run(command, capture_output=True)  # bytes, as names need not be UTF-8
+    assert result.returncode == 1 and not result.stderr
+    said, *lines = os.fsdecode(result.stdout).splitlines()
+    assert said == 'list.txt: 7 files, 4 of them unreadable, see bad_samples.txt'
+    assert [line.split(': ')[0] for line in lines] == ['in/end.jpg', strange, 'in/thread.png', 'in/torn.mp4']
+    assert os.fsencode('\n'.join(lines)) == Path('bad_samples.txt').read_bytes().strip()
+
+
+@needs_real_files
+def test_check_takes_class_folders_and_reads_as_training_does(folder, capsys):
+    for kind, names in {
+        'videos': ['video_90.mov', 'h265_bframes_10.mp4'],
+        'images': ['broken_data_stream.png'],
+    }.items():
+        os.makedirs(f'in/{kind}')
+        for name in names:
+            os.symlink(REAL / 'odd' / name, f'in/{kind}/{name}')
+    ends_with(1, 'check in')
+    assert 'in: 3 files, 2 of them unreadable' in capsys.readouterr().out
+    assert 'broken' in Path('bad_samples.txt').read_text()
+    os.remove('in/images/broken_data_stream.png')
+    os.remove('in/videos/h265_bframes_10.mp4')
+    prepare.main(['check', 'in'])
+    assert not Path('bad_samples.txt').exists()  # the old list no longer holds
+
+
+def kill_or_read(name):
+    if name == 'bad':
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == 'memory':
+        raise MemoryError
+
+
+def test_a_file_that_kills_its_process_is_named():
+    jobs = [(name,) for name in ('1', 'bad', '2', 'memory', '3')]
+    results = sorted(prepare.in_parallel(kill_or_read, jobs, 'reading'))
+    killed = 'its process was killed by SIGSEGV'
+    assert [reason for _, reason in results] == ['', '', '', killed, 'MemoryError']
+
+
+# ----------------------------------------------------------------------------------------------------------
+# encode
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_encode_keeps_names_and_frames_and_goes_on(folder, capsys):
+    os.makedirs('in/a b')
+    wide = write_video('in/a b/wide.MKV', num_frames=40, size=(96, 300), codec='mpeg4')
+    write_video('in/small.avi', num_frames=20, size=(48, 64), codec='mpeg4')
+    turn(write_video('in/small.mp4', num_frames=20, size=(49, 67), pix_fmt='yuv444p'))
+    Path('in/torn.mp4').write_bytes(b'nothing' * 100)
+    Path('in/._small.mp4').write_bytes(b'nothing')
+    os.makedirs('in/out/a b')  # the copy lies inside
+    Path('in/out/a b/wide.MKV.part').write_bytes(b'half')  # of a run that was killed
+    for _ in range(2):
+        ends_with(1, 'encode in in/out --short-side 64 --gop 8')
+        assert 'in: 4 files, 1 of them unreadable, see in/out/bad' in capsys.readouterr().out
+        assert Path('in/out/bad_samples.txt').read_text().startswith('in/torn.mp4: ')
+        times = {
+            str(path): path.stat().st_mtime_ns
+            for path in Path('in/out').rglob('*.*')
+            if path.suffix != '.txt'
+        }
+        assert set(times) == {'in/out/a b/wide.MKV', 'in/out/small.avi', 'in/out/small.mp4'}
+        assert times == locals().get('first', times)
+        first = times
+    with VideoReader('in/out/a b/wide.MKV') as copy, VideoReader(wide) as video:
+        assert (len(copy), copy.get_batch([0]).shape) == (40, (1, 64, 200, 3))
+        before = torch.from_numpy(video.get_batch([33])).permute(0, 3, 1, 2)
+        before = data.resize(before, 64, 200).permute(0, 2, 3, 1).numpy()
+        assert np.abs(copy.get_batch([33]).astype(int) - before).mean() < 6
+    with av.open('in/out/a b/wide.MKV') as container:
+        assert container.format.name.startswith('mov,mp4')
+        keys = [frame.key_frame for frame in container.decode(video=0)]
+    assert np.flatnonzero(keys).tolist() == [0, 8, 16, 24, 32]
+    with VideoReader('in/out/small.mp4') as copy, VideoReader('in/small.mp4') as video:
+        assert 'DISPLAYMATRIX' not in next(copy.decode())[1].side_data
+        assert copy.get_batch([19]).shape == (1, 66, 48, 3) and video.get_batch([19]).shape == (1, 67, 49, 3)
+        before = torch.from_numpy(video.get_batch([19])).permute(0, 3, 1, 2)
+        before = data.resize(before, 66, 48).permute(0, 2, 3, 1).numpy()
+        assert (
+            np.abs(copy.get_batch([19]).astype(int) - before).mean() < 12
+        )  # the noise loses half of its colour
+
+
+COLOURS = np.array(
+    [(180, 60, 60), (60, 180, 60), (60, 60, 180), (200, 200, 40), (128,) * 3, (30,) * 3, (225,) * 3]
+)
+FLAGGED = {  # codec, format, colour space, range, primaries, transfer
+    'unmarked': ('libx264', 'yuv420p', None, None, None, None),
+    'BT.601': ('libx264', 'yuv420p', 6, 1, 6, 6),
+    'BT.601 of 625 lines': ('libx264', 'yuv420p', 5, 1, 5, 6),
+    'BT.709': ('libx264', 'yuv420p', 1, 1, 1, 1),
+    'BT.709 in full range': ('libx264', 'yuv420p', 1, 2, 1, 1),
+    'full range': ('libx264', 'yuvj420p', None, None, None, None),
+    '10 bits': ('libx264', 'yuv420p10le', 1, 1, 1, 1),
+    '10 bits in full range': ('libx264', 'yuv420p10le', 1, 2, 1, 1),
+    'SMPTE 240M in 4:2:2': ('libx264', 'yuv422p', 7, 1, 7, 7),
+    'RGB': ('libx264rgb', 'rgb24', None, None, None, None),
+    'grey': ('ffv1', 'gray', None, None, None, None),
+    'motion JPEG': ('mjpeg', 'yuvj420p', None, None, None, None),
+    'BT.709, turned': ('libx264', 'yuv420p', 1, 1, 1, 1),
+    'full range, turned': ('libx264', 'yuvj420p', None, None, None, None),
+}
+
+
+@pytest.mark.parametrize('name', FLAGGED)
+def test_encode_keeps_colours(name, tmp_path):
+    codec, format, space, levels, primaries, transfer = FLAGGED[name]
+    source, target = (str(tmp_path / f'{place}.{"mp4" if codec == "libx264" else "mkv"}') for place in 'ab')
+    flat = np.repeat(COLOURS.astype(np.uint8), 32, 0)[None].repeat(128, 0)  # (128, 7 * 32, 3)
+    with av.open(source, 'w') as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.height, stream.width, stream.pix_fmt = *flat.shape[:2], format
+        context = stream.codec_context
+        for attribute, value in (('colorspace', space), ('color_range', levels)):
+            if value:
+                setattr(context, attribute, value)
+        context.color_primaries, context.color_trc = primaries or 2, transfer or 2
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(flat, 'rgb24')
+            if format != 'rgb24':
+                matrix = {6: 5}.get(space, space)
+                frame = frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=levels)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    if 'turned' in name:
+        turn(source)
+    prepare.encode_file(source, target, 256, 16)
+    colours, marks = [], []
+    for path in (source, target):
+        with VideoReader(path) as video:
+            frames = video.get_batch([0, 2]).astype(float)
+            frame = next(video.decode())[1]
+        marks.append((frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc))
+        frames = frames.swapaxes(1, 2) if 'turned' in name else frames
+        assert frames.shape[1:] == flat.shape
+        colours.append(
+            [frames[:, 20:-20, 32 * i + 8 : 32 * i + 24].mean((0, 1, 2)) for i in range(len(COLOURS))]
+        )
+    assert marks[0] == marks[1] or name == 'RGB' and marks[1][1] == 1
+    if name != 'grey':
+        assert np.abs(np.array(colours[0]) - COLOURS).max() < 5  # else the source is not what it should be
+    difference = np.subtract(*colours)
+    assert abs(difference.mean()) < 1, difference
+    assert np.abs(difference).max() < 2.6, difference  # how swscale rounds 10 bits, 4:4:4 and 4:2:0 differs
+
+
+@needs_real_files
+@pytest.mark.parametrize('name', ['video_90.mov', 'yes.mkv'])
+def test_encode_real_files_of_telephones_and_full_range(name, tmp_path):
+    with VideoReader(REAL / 'odd' / name) as video:
+        before = video.get_batch([0, len(video) - 1])
+        count, height, width = len(video), *before.shape[1:3]
+    prepare.encode_file(str(REAL / 'odd' / name), str(tmp_path / name), 256, 16)
+    with VideoReader(tmp_path / name) as video:
+        after = video.get_batch([0, len(video) - 1])
+        assert len(video) == count and (after.shape[1] > after.shape[2]) == (height > width)
+    assert np.abs(before.mean((0, 1, 2)) - after.mean((0, 1, 2))).max() < 1
+    assert abs(before.std() / after.std() - 1) < 0.02
+
+
+def test_encode_leaves_nothing_half_written_on_a_full_disk(folder, fails, monkeypatch):
+    os.makedirs('in')
+    write_video('in/a.mp4', num_frames=200, size=(128, 128))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a file that grows beyond fails to be written
+    try:
+        line = fails(prepare.main, f'encode {folder}/in {folder}/out')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'File too large' in line and 'out/' in line
+    assert os.listdir(folder / 'out') == []
+
+
+def test_ctrl_c_is_one_line(folder):
+    os.makedirs('in')
+    write_video('in/a.mp4', num_frames=3000, size=(256, 256), options={'preset': 'ultrafast'})
+    command = [sys.executable, ROOT / 'prepare.py', 'encode', 'in', 'out']
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    for _ in range(600):
+        time.sleep(0.05)
+        if Path('out/a.mp4.part').exists() or Path('out/a.mp4').exists():
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to its processes too
+    assert process.communicate() == ('', 'prepare.py: stopped\n') and process.returncode == 130
+    assert os.listdir('out') == []
+
+
+# ----------------------------------------------------------------------------------------------------------
+# show
+# ----------------------------------------------------------------------------------------------------------
+
+
+def place(picture, pixels):
+    """How far down a PNG shows uint8 (3, H, W) at its left edge."""
+    shown, pixels = np.asarray(Image.open(picture)), pixels.permute(1, 2, 0).numpy()
+    height, width = pixels.shape[:2]
+    at = (y for y in range(len(shown) - height) if (shown[y : y + height, 2 : 2 + width] == pixels).all())
+    return next(at, None)
+
+
+def test_show_draws_what_is_read_and_what_is_fed(demo, monkeypatch, capsys):
+    monkeypatch.chdir(demo)
+    prepare.main('show seen.png --size 64'.split())  # so that frames are drawn as they are
+    assert capsys.readouterr().out == 'wrote seen.png\n'
+    videos = data.read_list('data/demo/video_train.txt', 'data/demo/videos_train', videos=True)
+    images = data.read_list('data/demo/image_train.txt', 'data/demo/images_train')
+    places = []
+    for dataset in (data.VideoDataset(videos, size=64), data.ImageDataset(images, size=64)):
+        fed = dataset[0, 0].pixels
+        if fed.ndim == 4:
+            rng = data.augmentation(dataset, 0, 0)
+            with VideoReader(videos.path(0)) as video:
+                first = video.get_batch(data.sample_frames(len(video), rng=rng)[0, :1])[0]
+            places.append(place('seen.png', torch.from_numpy(first).permute(2, 0, 1)))
+            fed = fed[:, 0]
+        places.append(place('seen.png', fed))
+    assert None not in places and places == sorted(places)
+
+
+def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys):
+    os.makedirs('in/a')
+    os.makedirs('in/b')
+    write_video('in/a/1.mp4', num_frames=20)
+    Path('in/b/torn.mp4').write_bytes(b'nothing')
+    Image.new('RGB', (90, 60), 'red').save('in/a/1.jpg')
+    prepare.main('show a.png --video-list in --image-list in --size 56'.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('in/b/torn.mp4: ') and lines[-1] == 'wrote a.png'
+    replaced = data.VideoDataset(data.read_list('in', videos=True), size=56)[0, 1]
+    assert replaced.path == 'in/a/1.mp4' and place('a.png', replaced.pixels[:, 0])
+    os.remove('in/a/1.mp4')
+    prepare.main('show b.png --video-list in'.split())
+    assert 'in a row are unreadable' in capsys.readouterr().out and Path('b.png').exists()
+    inside = f'{folder}/in'
+    assert fails(prepare.main, f'show c.png --video-list {folder}/nothing.txt').endswith("nothing.txt'")
+    assert fails(prepare.main, f'show {folder}/no/c.png --image-list {inside}').startswith('prepare.py: ')
+    assert not Path('no').exists()
+
+
+def test_show_without_anything_to_show(folder, capsys):
+    ends_with(1, 'show a.png')
+    assert capsys.readouterr().err.startswith('prepare.py: nothing to show: name --video-list')
+
+
+def test_titles_are_whole_and_legible(tmp_path):
+    rows, long = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], 'taken for ' * 40 + 'x' * 300
+    lines, font = prepare.wrap(long, 400)
+    assert ''.join(lines) == long and len(lines) > 8
+    assert all(font.getlength(line.rstrip()) <= 400 for line in lines)
+    heights = []
+    for title in ('short', long):
+        prepare.draw_rows(tmp_path / 'a.png', rows, [title], 8)
+        picture = np.asarray(Image.open(tmp_path / 'a.png'))
+        heights.append(len(picture))
+        assert picture.shape[1] >= 480 and (picture[:, -8:] == 255).all()
+    assert heights[1] - heights[0] >= 16 * 7
+
+
+def test_letters_are_letters_or_their_numbers_but_no_boxes():
+    for title, escaped in {
+        'Pokémon über niña Łódź': r'Pok\xe9mon \xfcber ni\xf1a \u0141\xf3d\u017a',
+        '\u1234中': r'\u1234\u4e2d',
+        'lone \udcff and\nline': r'lone \udcff and\nline',
+    }.items():
+        lines, font = prepare.wrap(title, 2000)
+        assert lines == [title] and font is not prepare.fonts()[0] or lines == [escaped]
+    decomposed, composed = prepare.wrap('u\u0308', 99), prepare.wrap('ü', 99)
+    assert decomposed == composed
+
+
+# ----------------------------------------------------------------------------------------------------------
+# demo and messages
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
+    folder = demo / 'data/demo'
+    assert len(list(folder.glob('*/*.mp4'))) == 8 * 6 and len(list(folder.glob('*/*.jpg'))) == 4 * 13
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+    prepare.main(['demo', str(folder)])
+    assert 'reusing' in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+
+
+@pytest.mark.parametrize(
+    ('command', 'message'),
+    [
+        ('check nowhere.txt', "No such file or directory: 'nowhere.txt'"),
+        ('check data/demo/videos_train', 'data/demo/videos_train: no class folders in it'),
+        ('encode nowhere out', 'nowhere: no such folder'),
+        ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
+        ('encode data/demo/images_val out', 'data/demo/images_val: no videos below it'),
+        ('demo data/demo/video_train.txt', 'Not a directory'),
+    ],
+)
+def test_mistakes_are_one_line(fails, command, message):
+    line = fails(prepare.main, command)
+    assert line.startswith('prepare.py: ') and message in line
+
+
+def test_help_and_what_is_no_command(capsys):
+    ends_with(0, '--help')
+    assert 'encode SRC DST' in capsys.readouterr().out
+    ends_with(2, 'list')
+    assert 'invalid choice' in capsys.readouterr().err

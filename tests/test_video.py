@@ -1,0 +1,468 @@
+"""Frames are exact: those that decoding everything from the start gives, whatever the file."""
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from conftest import ROOT, decode_all, write_video
+
+from video import VideoReader
+
+REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
+
+VIDEOS = {
+    'h264 with B-frames': ('a.mp4', dict(num_frames=70, options={'g': '16', 'bf': '3'})),
+    'h264 with open GOPs': (
+        'a.mp4',
+        dict(num_frames=70, options={'x264-params': 'open-gop=1:keyint=12:bframes=3'}),
+    ),
+    'h264 with a pyramid and references': (
+        'a.mkv',
+        dict(num_frames=70, options={'g': '20', 'bf': '8', 'refs': '5'}),
+    ),
+    'h264 with intra refresh': (
+        'a.mp4',
+        dict(num_frames=60, options={'x264-params': 'intra-refresh=1:keyint=15'}),
+    ),
+    'h264 in slices': ('a.mp4', dict(num_frames=40, options={'g': '10', 'bf': '2', 'slices': '3'})),
+    'h264 interlaced': ('a.mp4', dict(num_frames=40, options={'x264-params': 'interlaced=1:keyint=10'})),
+    'h264 in a transport stream': ('a.ts', dict(num_frames=40, options={'g': '10'})),
+    'h264 in AVI': ('a.avi', dict(num_frames=40, options={'g': '10'})),
+    'h264 of one frame': ('a.mp4', dict(num_frames=1)),
+    'h264 at a variable rate': (
+        'a.mp4',
+        dict(num_frames=30, times=np.cumsum([20 + 37 * (i % 3) for i in range(30)])),
+    ),
+    'h264 of odd size': ('a.mp4', dict(num_frames=20, size=(49, 67), pix_fmt='yuv444p')),
+    'h264 without loss': ('a.mp4', dict(num_frames=40, options={'qp': '0', 'g': '10'})),
+    'h264 in 10 bits': ('a.mp4', dict(num_frames=20, pix_fmt='yuv420p10le')),
+    'h264 in grey': ('a.mp4', dict(num_frames=20, pix_fmt='gray')),
+    'hevc': (
+        'a.mp4',
+        dict(num_frames=40, codec='libx265', size=(64, 64), options={'x265-params': 'keyint=10:log-level=0'}),
+    ),
+    'vp9': (
+        'a.webm',
+        dict(
+            num_frames=40, codec='libvpx-vp9', options={'g': '12', 'auto-alt-ref': '1', 'lag-in-frames': '12'}
+        ),
+    ),
+    'mpeg4 in AVI': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12', 'bf': '2'})),
+}
+
+
+def check(path, expected):
+    """One reader gives the `expected` frames, again and again, whatever was asked before."""
+    rng = np.random.default_rng(0)
+    count = len(expected)
+    with VideoReader(path) as video:
+        assert len(video) == count
+        for indices in (
+            [count - 1],
+            [0],
+            [count - 1, 0, count // 2, count // 2],
+            *rng.integers(0, count, (6, 5)),
+        ):
+            frames = video.get_batch(indices)
+            assert frames.dtype == np.uint8
+            np.testing.assert_array_equal(frames, expected[indices])
+
+
+def copy_packets(source, target, change=lambda number, packet: packet, **options):
+    """A file with the packets of the video `source`, each as `change` gives it back."""
+    with av.open(str(source)) as container, av.open(str(target), 'w', options=options) as copy:
+        stream = copy.add_stream_from_template(container.streams.video[0])
+        packets = (packet for packet in container.demux(video=0) if packet.size)
+        for number, packet in enumerate(packets):
+            changed = change(number, packet)
+            changed.stream = stream
+            copy.mux(changed)
+
+
+def with_content(packet, content):
+    """A packet that is like another one but for its bytes."""
+    new = av.Packet(content)
+    new.pts, new.dts, new.time_base, new.is_keyframe = (
+        packet.pts, packet.dts, packet.time_base, packet.is_keyframe,
+    )  # fmt: skip
+    return new
+
+
+@pytest.mark.parametrize('name', VIDEOS)
+def test_frames_equal_decoding_from_the_start(name, tmp_path):
+    file, options = VIDEOS[name]
+    path = write_video(tmp_path / file, **options)
+    check(path, decode_all(path))
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['odd/cockatoo.mp4', 'odd/yes.mkv', *sorted(f'codecs/{file.name}' for file in REAL.glob('codecs/*'))],
+)
+def test_frames_of_real_files(name):
+    if not (REAL / name).exists():
+        pytest.skip(f'no {REAL / name}')
+    expected = {}
+    with av.open(str(REAL / name)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % 31 in (0, 17):
+                expected[number] = frame.to_ndarray(format='rgb24')
+    with VideoReader(REAL / name) as video:
+        assert len(video) == number + 1
+        for indices in ([*expected][::-1], [*expected][1::2]):
+            np.testing.assert_array_equal(video.get_batch(indices), [expected[index] for index in indices])
+
+
+def test_what_is_read_from_the_middle_stays_so(tmp_path, monkeypatch):
+    """These need not be decoded from the start, the first time or later."""
+    for name, format in (('a.mp4', 'yuv420p'), ('a.mkv', 'yuv420p'), ('b.mp4', 'yuv422p10le')):
+        path = write_video(tmp_path / name, num_frames=70, options={'g': '16', 'bf': '3'}, pix_fmt=format)
+        expected = decode_all(path)
+        with monkeypatch.context() as context:
+            context.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
+            check(path, expected)
+
+
+def test_decode_gives_every_frame_to_whoever_encodes_them(tmp_path):
+    path = write_video(tmp_path / 'a.mp4', num_frames=40, options={'g': '10', 'bf': '2'})
+    expected = decode_all(path)
+    with VideoReader(path) as video:
+        assert (video.stream.average_rate, video.stream.width, video.stream.height) == (30, 64, 48)
+        for place, (number, frame) in enumerate(video.decode()):
+            assert number == place
+            np.testing.assert_array_equal(frame.to_ndarray(format='rgb24'), expected[number])
+            if number % 15 == 0:  # other frames can be had meanwhile
+                np.testing.assert_array_equal(video.get_batch([35, 3]), expected[[35, 3]])
+        assert number == 39
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What containers say: turned pictures, cuts, covers
+# ----------------------------------------------------------------------------------------------------------
+
+TURNS = {  # what a track header's matrix (a, b, c, d) makes of a picture
+    'by 90 degrees': ((0, 1, -1, 0), lambda x: np.rot90(x, -1, axes=(1, 2))),
+    'by 180 degrees': ((-1, 0, 0, -1), lambda x: np.rot90(x, 2, axes=(1, 2))),
+    'by 270 degrees': ((0, -1, 1, 0), lambda x: np.rot90(x, 1, axes=(1, 2))),
+    'left to right': ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
+    'upside down': ((1, 0, 0, -1), lambda x: x[:, ::-1]),
+    'across the diagonal': ((0, 1, 1, 0), lambda x: x.swapaxes(1, 2)),
+    'across the other diagonal': ((0, -1, -1, 0), lambda x: x[:, ::-1, ::-1].swapaxes(1, 2)),
+}
+
+
+@pytest.mark.parametrize('turn', TURNS)
+def test_turned_video_comes_upright(turn, tmp_path):
+    """As a telephone writes it, the front camera too: the track header says how to show the picture."""
+    (a, b, c, d), turned = TURNS[turn]
+    path = tmp_path / 'a.mp4'
+    write_video(path, num_frames=5)
+    expected = turned(decode_all(path))
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b'tkhd') + 44
+    content[matrix : matrix + 20] = struct.pack('>5i', a << 16, b << 16, 0, c << 16, d << 16)
+    path.write_bytes(content)
+    check(path, expected)
+    with VideoReader(path) as video:
+        for _, frame in video.frames([0, 4]):
+            assert frame.flags.c_contiguous and frame.flags.writeable
+
+
+def test_turned_real_file():
+    path = REAL / 'odd/video_90.mov'
+    if not path.exists():
+        pytest.skip(f'no {path}')
+    check(path, np.rot90(decode_all(path), -1, axes=(1, 2)))
+
+
+def test_frames_cut_off_by_an_edit_list(tmp_path):
+    path = tmp_path / 'a.mp4'
+    write_video(path, num_frames=40, options={'g': '30', 'bf': '2'})
+    content = bytearray(path.read_bytes())
+    entry = content.index(b'elst') + 12  # after type, version and flags, and the number of entries: one
+    duration, start, rate = struct.unpack('>Iii', content[entry : entry + 12])
+    with av.open(str(path)) as container:
+        per_frame = round(container.streams.video[0].duration / 40)
+    content[entry : entry + 12] = struct.pack('>Iii', duration, start + 13 * per_frame, rate)
+    path.write_bytes(content)
+    expected = decode_all(path)
+    assert len(expected) == 27
+    check(path, expected)
+
+
+def add_cover(container):
+    picture = container.add_stream('mjpeg', rate=1)
+    picture.width, picture.height, picture.pix_fmt = 32, 32, 'yuvj420p'
+    picture.disposition = Disposition.attached_pic.value
+    frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), dtype=np.uint8), format='rgb24')
+    return [*picture.encode(frame), *picture.encode(None)]
+
+
+def test_a_cover_is_no_video(tmp_path):
+    path, plain = tmp_path / 'cover.mp4', write_video(tmp_path / 'a.mp4', num_frames=20)
+    with av.open(str(path), 'w') as container, av.open(plain) as source:
+        cover = add_cover(container)
+        stream = container.add_stream_from_template(source.streams.video[0])
+        container.mux(cover)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    content = path.read_bytes()
+    moov, trak, udta = (content.index(name) - 4 for name in (b'moov', b'trak', b'udta'))
+    size = struct.unpack('>I', content[udta : udta + 4])[0]  # the box with the cover, now before the video's
+    path.write_bytes(
+        content[:trak] + content[udta : udta + size] + content[trak:udta] + content[udta + size :]
+    )
+    with av.open(str(path)) as container:
+        assert moov < trak < udta and container.streams.video[0].disposition & Disposition.attached_pic
+    check(path, decode_all(plain))
+
+
+def test_a_song_with_a_cover_is_no_video(tmp_path):
+    with av.open(str(tmp_path / 'song.mp3'), 'w') as container:
+        stream = container.add_stream('mp3', rate=44100)
+        container.mux(add_cover(container))
+        for i in range(10):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), 'fltp', 'mono')
+            frame.sample_rate, frame.pts = 44100, 1152 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match='no video stream'):
+        VideoReader(tmp_path / 'song.mp3')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# H.264 that cannot be read from the middle
+# ----------------------------------------------------------------------------------------------------------
+
+
+def write_cuts(path, options):
+    """Another scene every five frames, still on a chessboard's white fields, moving on the black ones."""
+    black = np.indices((96, 128)).sum(0) // 16 % 2 == 1
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, 'yuv420p'
+        for i in range(60):
+            scene = np.random.default_rng(i // 5).integers(0, 256, (24, 52, 3), dtype=np.uint8)
+            scene = scene.repeat(4, axis=0).repeat(4, axis=1)
+            picture, moved = scene[:, :128].copy(), scene[:, 3 * (i % 5) :][:, :128]
+            picture[black] = moved[black]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
+        container.mux(stream.encode(None))
+
+
+def decode_on_one_thread(path):
+    """Where the note is wrong, as here, errors are patched, differently on each number of threads."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize('build', [142, 33])
+def test_what_early_x264_wrote(build, tmp_path):
+    """Its mistakes are made again in decoding, if the note at the start of the file has been seen."""
+    path = tmp_path / 'a.mp4'
+    if build == 142:  # 4:4:4 in blocks of 8x8, until 2017
+        options = {'g': '12', 'bf': '0', 'crf': '35', 'x264-params': '8x8dct=1'}
+        write_video(path, num_frames=40, size=(128, 160), options=options, pix_fmt='yuv444p')
+    else:  # directly predicted pictures between others of that kind, until 2005
+        write_cuts(path, {'g': '15', 'x264-params': 'scenecut=0:direct=spatial:bframes=3:b-adapt=0:crf=20'})
+    before, content = decode_on_one_thread(path), path.read_bytes()
+    at = content.index(b'x264 - core ') + len(b'x264 - core ')
+    path.write_bytes(content[:at] + f'{build:03}'.encode() + content[at + 3 :])
+    expected = decode_on_one_thread(path)
+    assert (before != expected)[20:].any()  # the note matters, in later groups too
+    with VideoReader(path) as video:
+        later = np.arange(20, len(expected))  # asked first: the decoder has not seen the note yet
+        np.testing.assert_array_equal(video.get_batch(later), expected[later])
+    check(path, expected)
+
+
+@pytest.mark.parametrize('repeated', [True, False])
+def test_parameters_that_change_midway(repeated, tmp_path):
+    """Two streams as one: the second one's parameters, its size among them, come with its first picture."""
+    first = write_video(tmp_path / 'first.mkv', num_frames=20, options={'g': '5'})
+    second = write_video(tmp_path / 'second.mkv', num_frames=20, size=(80, 48), options={'g': '5', 'bf': '0'})
+    with av.open(second) as container:
+        extradata = bytes(container.streams.video[0].codec_context.extradata)
+        pictures = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    size = int.from_bytes(extradata[6:8], 'big')
+    sps, pps = extradata[8 : 8 + size], extradata[8 + size + 3 :]
+    pps = pps[: int.from_bytes(extradata[8 + size + 1 : 8 + size + 3], 'big')]
+    parameters = b''.join(len(unit).to_bytes(4, 'big') + unit for unit in (sps, pps))
+
+    def change(number, packet):
+        if number < 10:
+            return packet
+        new = number == 10 or repeated and number % 5 == 0
+        return with_content(packet, parameters * new + pictures[number - 10])
+
+    copy_packets(first, tmp_path / 'both.mkv', change)
+    with av.open(str(tmp_path / 'both.mkv')) as container:
+        expected = [
+            frame.reformat(64, 48, 'rgb24').to_ndarray()  # all come in the size of the first
+            for frame in container.decode(video=0)
+        ]
+    check(tmp_path / 'both.mkv', np.stack(expected))
+
+
+def test_a_size_that_changes_midway(tmp_path):
+    write_video(tmp_path / 'a.ts', num_frames=20, options={'g': '8'})
+    write_video(tmp_path / 'b.ts', num_frames=20, size=(96, 48), options={'g': '8'})
+    path = tmp_path / 'both.ts'
+    path.write_bytes(b''.join((tmp_path / name).read_bytes() for name in ('a.ts', 'b.ts')))
+    with av.open(str(path)) as container:
+        expected = [frame.reformat(64, 48, 'rgb24').to_ndarray() for frame in container.decode(video=0)]
+    check(path, np.stack(expected))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is damaged, or no video
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_asking_for_frames_that_are_not_there(tmp_path):
+    with VideoReader(write_video(tmp_path / 'a.mp4', num_frames=5)) as video:
+        for indices in ([5], [-1], []):
+            with pytest.raises(IndexError, match='video with 5'):
+                video.get_batch(indices)
+
+
+def test_what_is_no_video(tmp_path):
+    (tmp_path / 'text.mp4').write_text('not a video\n' * 100)
+    (tmp_path / 'empty.mp4').touch()
+    (tmp_path / 'start.mkv').write_bytes(Path(write_video(tmp_path / 'a.mkv')).read_bytes()[:20])
+    for name in ('text.mp4', 'empty.mp4', 'start.mkv'):
+        with pytest.raises((OSError, ValueError)):
+            VideoReader(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        VideoReader(tmp_path / 'missing.mp4')
+
+
+def test_a_video_without_a_decoder(tmp_path):
+    path = tmp_path / 'a.mp4'
+    write_video(path, num_frames=5)
+    path.write_bytes(path.read_bytes().replace(b'avc1', b'xyz1'))
+    with pytest.raises(ValueError, match='no decoder'):
+        VideoReader(path)
+
+
+def test_a_video_without_frame_rate(tmp_path):
+    path = tmp_path / 'a.avi'
+    write_video(path, codec='mpeg4')
+    content = bytearray(path.read_bytes())
+    rate = content.index(b'strh') + 32  # the stream header's frames per second
+    content[rate : rate + 4] = bytes(4)
+    path.write_bytes(content)
+    check(path, decode_all(path))
+
+
+def test_the_whole_part_of_a_cut_video_is_right(tmp_path):
+    whole, path = write_video(tmp_path / 'whole.mp4', num_frames=60, options={'g': '6'}), tmp_path / 'a.mp4'
+    copy_packets(whole, path, movflags='faststart')  # the index first
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
+    with VideoReader(path) as video:
+        assert 10 < len(video) < 60
+        expected = decode_all(whole)[: len(video) - 4]  # the last ones may lack their references
+        np.testing.assert_array_equal(video.get_batch(range(len(expected))), expected)
+
+
+def test_a_promise_that_decoding_does_not_keep(tmp_path):
+    """A later picture in the place of an earlier one, so that the decoder drops what comes too late."""
+    whole, path = write_video(tmp_path / 'whole.mkv', 30, options={'g': '10', 'bf': '0'}), tmp_path / 'a.mkv'
+    with av.open(whole) as container:
+        later = [bytes(packet) for packet in container.demux(video=0)][28]
+    copy_packets(whole, path, lambda number, packet: with_content(packet, later) if number == 24 else packet)
+    with VideoReader(path) as video:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r'frame 2\d of 30 cannot be decoded'):
+                video.get_batch(range(30))
+            np.testing.assert_array_equal(video.get_batch([3]), decode_all(path)[[3]])
+
+
+DAMAGE = """
+import collections, random, resource, sys
+import av
+import numpy as np
+from video import VideoReader
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+rng, outcomes = random.Random(0), collections.Counter()
+for path in sys.argv[1:]:
+    whole = open(path, 'rb').read()
+    for copy in range(40):
+        content = bytearray(whole)
+        at, size = rng.randrange(len(content)), rng.choice([1, 30, 1000])
+        if copy % 4 == 0:
+            content[at : at + size] = bytes(size)
+        elif copy % 4 == 1:
+            del content[at:]
+        elif copy % 4 == 2:
+            del content[at : at + size]
+        else:
+            for _ in range(size):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        open(path, 'wb').write(content)
+        try:
+            with VideoReader(path) as video:
+                indices = [rng.randrange(len(video)) for _ in range(5)]
+                assert np.array_equal(video.get_batch(indices), video.get_batch(indices[::-1])[::-1])
+            outcomes['read'] += 1
+        except (av.FFmpegError, ValueError) as error:
+            outcomes[type(error).__name__] += 1
+print(outcomes)
+"""
+
+
+def test_damaged_files_neither_hang_nor_crash(tmp_path):
+    paths = [
+        write_video(tmp_path / 'a.mp4', options={'g': '10', 'bf': '2'}),
+        write_video(tmp_path / 'a.mkv', options={'g': '10', 'bf': '2'}),
+        write_video(tmp_path / 'a.ts', options={'g': '10', 'bf': '2'}),
+        write_video(tmp_path / 'a.avi', codec='mpeg4', options={'g': '10', 'bf': '2'}),
+    ]
+    result = subprocess.run(
+        [sys.executable, '-c', DAMAGE, *paths], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "'read'" in result.stdout and "'InvalidDataError'" in result.stdout
+
+
+MEMORY = """
+import re, sys
+from video import VideoReader
+def most():
+    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
+VideoReader(sys.argv[1])
+before = most()
+VideoReader(sys.argv[2])
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='no /proc')
+def test_opening_a_long_video_does_not_fill_the_memory(tmp_path):
+    small, large = tmp_path / 'small.mp4', tmp_path / 'large.mp4'
+    options = {'preset': 'ultrafast', 'qp': '1', 'g': '1'}
+    write_video(small, num_frames=2, size=(720, 1280), options=options)
+    with av.open(str(small)) as container:
+        packet = [bytes(packet) for packet in container.demux(video=0) if packet.size][0]
+    with av.open(str(small)) as container, av.open(str(large), 'w') as copy:
+        stream = copy.add_stream_from_template(container.streams.video[0])
+        first = next(container.demux(video=0))
+        for number in range(60_000_000 // len(packet)):
+            again = with_content(first, packet)
+            again.pts = again.dts = number * first.duration
+            again.stream = stream
+            copy.mux(again)
+    result = subprocess.run(
+        [sys.executable, '-c', MEMORY, small, large], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert large.stat().st_size > 50e6 and float(result.stdout) < 15  # MB
