@@ -1,7 +1,7 @@
-"""From files to uint8 batches: lists, sampling, augmenting, and the order in which samples are drawn.
+"""From files to uint8 batches: sampling, augmenting, and the order in which samples are drawn.
 
 Begin with `VideoDataset` and `ImageDataset`, one sample each; then `JointSampler`, which samples make a step.
-The files are prepared and looked at with `python prepare.py`.
+Lists are read in runtime/sources.py; `python prepare.py` checks, re-encodes and draws the files.
 
 Everything here stays uint8 (RGB, 0..255); the model normalizes. Every random choice comes from a generator
 seeded by what it is for, so a sample looks the same whichever worker makes it, before and after a restart.
@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import math
 import os
-import re
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -40,6 +38,25 @@ def generator(purpose: str, *numbers: int) -> np.random.Generator:
 
 
 # Datasets: one sample -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """What a list names. Arrays, as a million Python strings would be copied into every worker bit by bit."""
+
+    paths: np.ndarray  # bytes (N,), below `root`
+    labels: np.ndarray  # int64 (N,)
+    root: str = ''
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def fingerprint(self) -> list[str]:
+        """A digest of the names, and one of their labels."""
+        return [hashlib.sha256(array.tobytes()).hexdigest() for array in (self.paths, self.labels)]
 
 
 class Item(NamedTuple):
@@ -61,7 +78,7 @@ class VideoDataset(Dataset):
     the video, cropped at S, the short side that videos are resized to (256 for size 224).
     """
 
-    samples: 'Samples | None'
+    samples: Samples | None
     mode: str = 'train'
     size: int = 224
     clip_len: int = 8
@@ -121,7 +138,7 @@ class ImageDataset(Dataset):
     mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
     """
 
-    samples: 'Samples | None'
+    samples: Samples | None
     mode: str = 'train'
     size: int = 224
     seed: int = 0
@@ -399,122 +416,6 @@ def collate(samples: list[tuple[str, Item]]) -> dict[str, Item]:
         bad = [line for item in items for line in item.bad]
         batch[source] = Item(pixels, labels, [item.path for item in items], bad)
     return batch
-
-
-# Lists, class folders and label maps ----------------------------------------------------------------------
-
-
-@dataclass
-class Samples:
-    """What a list names. Arrays, as a million Python strings would be copied into every worker bit by bit."""
-
-    paths: np.ndarray  # bytes (N,), below `root`
-    labels: np.ndarray  # int64 (N,)
-    root: str = ''
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
-
-    def fingerprint(self) -> list[str]:
-        """A digest of the names, and one of their labels."""
-        return [hashlib.sha256(array.tobytes()).hexdigest() for array in (self.paths, self.labels)]
-
-
-def read_list(
-    list_file: str,
-    root: str = '',
-    num_classes: int | None = None,
-    videos: bool = False,
-    names: list[str] | None = None,
-) -> Samples:
-    """Read `path label` lines; paths are below `root` and may contain spaces, blank lines are skipped.
-
-    With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
-    too, and a name without a video's ending gets `.mp4`. Raises ValueError with file and line for a line
-    without a label, or with one that is negative, not below `num_classes` or, where that is not known, far
-    beyond the number of samples.
-
-    A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
-    """
-    if os.path.isdir(list_file):
-        files = class_files(
-            list_file, names or class_names(list_file), VIDEO_ENDINGS if videos else IMAGE_ENDINGS
-        )
-        paths, labels = (
-            [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files],
-            [y for _, y in files],
-        )
-        if num_classes is not None and max(labels) >= num_classes:
-            raise ValueError(f'{list_file}: {max(labels) + 1} class folders; {num_classes} classes are known')
-        return Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
-    paths, labels, lines = [], [], []
-    with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            match = re.fullmatch(r'(.+?)[\s,]+(-?\d+)', line.strip())
-            if not match:
-                raise ValueError(f'{list_file}:{number}: no label in {line.strip()!r}; expected "path label"')
-            path, label = match[1], int(match[2])
-            if label < 0 or (num_classes is not None and label >= num_classes):
-                known = f'; {num_classes} classes are known' if num_classes is not None else ''
-                raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
-            if videos and not path.lower().endswith(VIDEO_ENDINGS + IMAGE_ENDINGS):
-                path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
-            paths.append(os.fsencode(path))
-            labels.append(label)
-            lines.append(number)
-    if not paths:
-        raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
-    highest = int(np.argmax(labels))
-    if num_classes is None and labels[highest] > 10_000 + 10 * len(labels):
-        raise ValueError(
-            f'{list_file}:{lines[highest]}: label {labels[highest]} among {len(labels)} samples; labels '
-            'number the classes from 0'
-        )
-    return Samples(np.array(paths), np.array(labels, dtype=np.int64), root)
-
-
-def class_names(folder: str) -> list[str]:
-    """The names of a folder's class folders, in alphabetical order."""
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise ValueError(f'{folder}: no class folders in it') from None
-
-
-def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list[tuple[str, int]]:
-    """(path, label) of the files in a folder of class folders, at any depth; `names` numbers the classes.
-
-    Raises OSError, or ValueError where a class folder's name is not among them, or there is no file.
-    """
-    if unknown := sorted(set(class_names(folder)) - set(names)):
-        raise ValueError(f'{os.path.join(folder, unknown[0])}: no class of this name is known')
-    numbers = {name: number for number, name in enumerate(names)}
-
-    def is_wanted(path: str) -> bool:
-        return path.lower().endswith(endings) and not os.path.basename(path).startswith('.')
-
-    files = make_dataset(folder, numbers, is_valid_file=is_wanted, allow_empty=True)
-    if not files:
-        raise ValueError(f'{folder}: no file in its class folders ends with any of {" ".join(endings)}')
-    return files
-
-
-def read_label_map(path: str) -> list[str]:
-    """Class names from a file with one name per line, or `name index` on every line."""
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            names = [line.strip() for line in file if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f'{path}: not a text file in UTF-8; expected one class name a line') from None
-    indexed = [re.fullmatch(r'(.+?)[\s,]+(\d+)', name) for name in names]
-    if all(indexed) and sorted(int(match[2]) for match in indexed) == list(range(len(names))):
-        return [match[1] for match in sorted(indexed, key=lambda match: int(match[2]))]
-    return names
 
 
 def positive(text: str) -> int:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import prepare
 from model import fold_batchnorm
-from runtime import checkpoint, distributed
+from runtime import checkpoint, distributed, sources
 from runtime.distributed import UserError, gather, rank, show, together, world_size
 
 # the published validation set; used where neither the command nor the checkpoint names another
@@ -282,9 +282,9 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
             '--val-list and its folder with --val-root'
         )
     classes = list(network.head(kind).parameters())[-1].shape[0]
-    samples = data.read_list(val_list, val_root, classes, not args.images, names[kind])
+    samples = sources.read_list(val_list, val_root, classes, not args.images, names[kind])
     if os.path.isdir(val_list):
-        names[kind] = names[kind] or data.class_names(val_list)
+        names[kind] = names[kind] or sources.class_names(val_list)
     if args.images:
         return data.ImageDataset(samples, 'val', settings.get('size', 224))
     return data.VideoDataset(samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops)

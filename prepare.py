@@ -12,13 +12,14 @@ import argparse
 import contextlib
 import errno
 import functools
-import itertools
-import multiprocessing.connection
+import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import av
@@ -32,20 +33,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from runtime import sources
 from video import VideoReader, upright
 
-# ----------------------------------------------------------------------------------------------------------
-# check: what neither training nor evaluation may stumble over
-# ----------------------------------------------------------------------------------------------------------
+# check: what neither training nor evaluation may stumble over ---------------------------------------------
 
 
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
     """Read all files of a list or of class folders -> how many, and `path: reason` of each bad one."""
     if os.path.isdir(source):
         endings = data.VIDEO_ENDINGS + data.IMAGE_ENDINGS
-        paths = [path for path, _ in data.class_files(source, data.class_names(source), endings)]
+        paths = [path for path, _ in sources.class_files(source, sources.class_names(source), endings)]
     else:
-        samples = data.read_list(source, root, videos=True)
+        samples = sources.read_list(source, root, videos=True)
         paths = [samples.path(index) for index in range(len(samples))]
     jobs = [(path,) for path in dict.fromkeys(paths)]
     results = in_parallel(check_file, jobs, 'checking')
@@ -65,9 +65,7 @@ def check_file(path: str) -> None:
             pass
 
 
-# ----------------------------------------------------------------------------------------------------------
-# encode: the same videos, smaller, with many key frames
-# ----------------------------------------------------------------------------------------------------------
+# encode: the same videos, smaller, with many key frames ---------------------------------------------------
 
 
 def encode(source: str, target: str, short_side: int = 256, gop: int = 16) -> tuple[int, list[str]]:
@@ -168,9 +166,7 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
     return turned
 
 
-# ----------------------------------------------------------------------------------------------------------
-# show: samples as they are read and as they are fed
-# ----------------------------------------------------------------------------------------------------------
+# show: samples as they are read and as they are fed -------------------------------------------------------
 
 
 def show(
@@ -272,21 +268,11 @@ def wrap(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
     font = min(lacking, key=lambda font: len(lacking[font]))
     for letter in lacking[font]:
         text = text.replace(letter, letter.encode('unicode_escape').decode())
-    lines = []
-    while text:
-        end = len(text)
-        while end > 1 and font.getlength(text[:end]) > width:
-            end -= 1
-        if end < len(text) and ' ' in text[:end]:
-            end = text.rindex(' ', 0, end) + 1
-        lines.append(text[:end])
-        text = text[end:]
+    lines = textwrap.wrap(text, max(int(width / font.getlength('m')), 1))
     return lines, font
 
 
-# ----------------------------------------------------------------------------------------------------------
-# demo: a small set of real files
-# ----------------------------------------------------------------------------------------------------------
+# demo: a small set of real files --------------------------------------------------------------------------
 
 DEMO_PATTERNS = ('stripes', 'checks', 'dots', 'zigzag')
 DEMO_MOTIONS = ('rising', 'falling')
@@ -384,87 +370,66 @@ def _pattern(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return (y + abs(x % 1 - 0.5)) % 1 < 0.5  # zigzag
 
 
-# ----------------------------------------------------------------------------------------------------------
-# All cores at once
-# ----------------------------------------------------------------------------------------------------------
+# All cores at once ----------------------------------------------------------------------------------------
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
-    """Yield (job, reason) for each job as it is done, on all cores, with a progress bar.
+    """Yield (job, reason) for each job, in order, done on all cores, with a progress bar.
 
-    `reason` is '' or, in a line, what function(*job) raised or what killed its process; each has one job at a
-    time, so that it is known which file it was. Raises OSError where the disk is full, or no process starts.
+    `reason` is '' or, in a line, what function(*job) raised. A job that kills its process breaks the pool; it
+    is among the first that are left then, which are tried again alone. Raises OSError on a full disk.
     """
-    context, waiting = multiprocessing.get_context('spawn'), iter(jobs)
-    processes, busy = [], {}
+    cores = os.cpu_count() or 1
+    with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
+        while jobs:
+            left = []
+            for job, result in results(function, jobs, cores):
+                if result is None:
+                    left.append(job)
+                    continue
+                bar.update()
+                yield job, result
+            for job in left[:cores]:
+                [(_, result)] = results(function, [job], 1)
+                bar.update()
+                yield (
+                    job,
+                    'its process died: a crash of the decoder, or no memory' if result is None else result,
+                )
+            jobs = left[cores:]
 
-    def start(job: tuple) -> None:
-        pipe, far_end = context.Pipe()
-        process = context.Process(target=_work, args=(far_end, function), daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
-        process.start()
-        processes.append(process)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        far_end.close()  # the process has its own, and alone: its death closes the pipe
-        pipe.send(job)
-        busy[pipe] = process, job
 
+def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
+    """(job, what `attempt` gave) for each job; None for those that were not done when a process died."""
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+    futures = [(job, pool.submit(attempt, function, job)) for job in jobs]
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        for job in itertools.islice(waiting, os.cpu_count() or 1):
-            start(job)
-        with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
-            while busy:
-                for pipe in multiprocessing.connection.wait(list(busy)):
-                    process, job = busy.pop(pipe)
-                    try:
-                        reason, number = pipe.recv()
-                    except (EOFError, OSError):
-                        reason, number, pipe = _death(process), None, None
-                    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-                        raise OSError(f'{reason}; the files that are finished stay')  # all others would fail
-                    following = next(waiting, None)
-                    if following and pipe:
-                        pipe.send(following)
-                        busy[pipe] = process, following
-                    elif following:
-                        start(following)
-                    bar.update()
-                    yield job, reason
+        for job, future in futures:
+            try:
+                yield job, future.result()
+            except BrokenExecutor:
+                yield job, None
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join(5)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():  # at once, whether idle or in the middle of a file
             process.kill()
 
 
-def _death(process: multiprocessing.Process) -> str:
-    process.join()
-    if process.exitcode >= 0:
-        raise OSError(f'a process to work with ended with exit code {process.exitcode}')
-    name = signal.Signals(-process.exitcode).name
-    return f'its process was killed by {name}' + ' (out of memory?)' * (name == 'SIGKILL')
-
-
-def _work(pipe: multiprocessing.connection.Connection, function: Callable) -> None:
-    """Do the jobs that come through a pipe, until it is closed."""
+def attempt(function: Callable, job: tuple) -> str:
+    """Do a job; gives '' or why it failed, in a line. Only a full disk, which ends all, is raised."""
     torch.set_num_threads(1)
     try:
-        while True:
-            job = pipe.recv()
-            try:
-                function(*job)
-                result = '', None
-            except Exception as error:  # damaged files make decoders raise anything
-                result = data.one_line(error), getattr(error, 'errno', None)
-            pipe.send(result)
-    except (EOFError, OSError):  # no more, or the main process is gone
-        os._exit(0)  # at once; taking torch down takes a second
+        function(*job)
+    except Exception as error:  # damaged files make decoders raise anything
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise OSError(f'{error}; the files that are finished stay') from None
+        return data.one_line(error)
+    return ''
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -541,18 +506,18 @@ def report(source: str, count: int, bad: list[str], out: str) -> None:
 
 def show_lists(args: argparse.Namespace) -> None:
     """`show` with the command's lists, those of the demo where it names none."""
-    sources = []
+    samples = []
     for source in ('video', 'image'):
         file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
         if not file and os.path.exists(f'data/demo/{source}_train.txt'):
             file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
-        sources.append(data.read_list(file, root, videos=source == 'video') if file else None)
-    if not any(sources):
+        samples.append(sources.read_list(file, root, videos=source == 'video') if file else None)
+    if not any(samples):
         raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
     folder = os.path.dirname(args.out) or '.'
     if not os.path.isdir(folder):
         raise ValueError(f'{folder}: no such folder to write {os.path.basename(args.out)} in')
-    for line in show(args.out, *sources, args.size):
+    for line in show(args.out, *samples, args.size):
         print(line)
     print(f'wrote {args.out}')
 

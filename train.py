@@ -245,8 +245,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--init and --init-2d exclude each other')
     if args.image_only and (args.video_only or args.auto_scale_lr):
         parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
-    if 1 in (args.videos_per_gpu, args.images_per_gpu):
-        parser.error('a batch of 1 cannot be normalized by its own statistics: at least 2 per GPU are needed')
     if args.image_only and args.images_per_gpu is None:
         args.images_per_gpu = 85  # as the recipe's joint steps have
     if args.warmup_epochs is None:

@@ -1,9 +1,13 @@
-"""What a run learns from: its lists opened, what is odd about them said, and compared with a checkpoint's."""
+"""What a run learns from: lists, class folders and label maps read, what is odd about them said, and compared
+with a checkpoint's. Begin with `open_sources`; the format of a list is with `read_list`.
+"""
 
 import argparse
 import os
+import re
 
 import numpy as np
+from torchvision.datasets.folder import find_classes, make_dataset
 
 import data
 from runtime.distributed import show, world_size
@@ -17,9 +21,13 @@ def open_sources(args: argparse.Namespace) -> list[data.Source]:
     if not args.video_only:
         sources.append(open_source(args, 'image', 'image_val', args.images_per_gpu))
     for source in sources:
-        if source.per_gpu is None:  # as many as give the same number of steps as the videos do
-            steps = max(len(sources[0].train) // (args.videos_per_gpu * world_size()), 1)
+        if source.per_gpu is None:  # as many as give the same number of steps as the first source does
+            steps = max(len(sources[0].train) // (sources[0].per_gpu * world_size()), 1)
             source.per_gpu = max(len(source.train) // (steps * world_size()), 2)
+        if source.per_gpu == 1:
+            raise ValueError(
+                f'--{source.name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics, it needs 2'
+            )
     return sources
 
 
@@ -30,9 +38,9 @@ def open_source(args: argparse.Namespace, name: str, val: str, per_gpu: int | No
     if label_map:
         if not os.path.exists(label_map):
             raise FileNotFoundError(f'{label_map}: no such file, given by --{name}-labels')
-        labels = data.read_label_map(label_map)
+        labels = read_label_map(label_map)
     elif os.path.isdir(list_file):
-        labels = data.class_names(list_file)
+        labels = class_names(list_file)
     samples = open_list(args, name, labels, len(labels) if labels else None, name == 'video')
     classes = len(labels) if labels else int(samples.labels.max()) + 1
     check_classes(samples, name, list_file, labels, classes)
@@ -60,7 +68,7 @@ def open_list(
             f'{list_file}: no such file, expected there by --{prefix.replace("_", "-")}-list; the README '
             'shows how the folders are laid out, and `python train.py --demo` makes a small set of its own'
         )
-    samples = data.read_list(list_file, root, classes, videos, labels)
+    samples = read_list(list_file, root, classes, videos, labels)
     start = [samples.path(i) for i in range(min(10, len(samples)))]
     if not any(os.path.exists(path) for path in start):
         raise FileNotFoundError(
@@ -107,3 +115,100 @@ def compare_data(saved: dict, sources: list[data.Source], path: str) -> None:
             raise ValueError(f'{path}: the same {name}s have other labels now than when it was saved')
         if paths != old_paths:
             show(f'changed since the checkpoint: the list of training {name}s')
+
+
+# Lists, class folders and label maps ----------------------------------------------------------------------
+
+
+def read_list(
+    list_file: str,
+    root: str = '',
+    num_classes: int | None = None,
+    videos: bool = False,
+    names: list[str] | None = None,
+) -> data.Samples:
+    """Read `path label` lines; paths are below `root` and may contain spaces, blank lines are skipped.
+
+    With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
+    too, and a name without a video's ending gets `.mp4`. Raises ValueError with file and line for a line
+    without a label, or with one that is negative, not below `num_classes` or, where that is not known, far
+    beyond the number of samples.
+
+    A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
+    """
+    if os.path.isdir(list_file):
+        files = class_files(
+            list_file, names or class_names(list_file), data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS
+        )
+        paths, labels = (
+            [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files],
+            [y for _, y in files],
+        )
+        if num_classes is not None and max(labels) >= num_classes:
+            raise ValueError(f'{list_file}: {max(labels) + 1} class folders; {num_classes} classes are known')
+        return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
+    paths, labels, lines = [], [], []
+    with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            match = re.fullmatch(r'(.+?)[\s,]+(-?\d+)', line.strip())
+            if not match:
+                raise ValueError(f'{list_file}:{number}: no label in {line.strip()!r}; expected "path label"')
+            path, label = match[1], int(match[2])
+            if label < 0 or (num_classes is not None and label >= num_classes):
+                known = f'; {num_classes} classes are known' if num_classes is not None else ''
+                raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
+            if videos and not path.lower().endswith(data.VIDEO_ENDINGS + data.IMAGE_ENDINGS):
+                path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
+            paths.append(os.fsencode(path))
+            labels.append(label)
+            lines.append(number)
+    if not paths:
+        raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
+    highest = int(np.argmax(labels))
+    if num_classes is None and labels[highest] > 10_000 + 10 * len(labels):
+        raise ValueError(
+            f'{list_file}:{lines[highest]}: label {labels[highest]} among {len(labels)} samples; labels '
+            'number the classes from 0'
+        )
+    return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), root)
+
+
+def class_names(folder: str) -> list[str]:
+    """The names of a folder's class folders, in alphabetical order."""
+    try:
+        return find_classes(folder)[0]
+    except FileNotFoundError:
+        raise ValueError(f'{folder}: no class folders in it') from None
+
+
+def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list[tuple[str, int]]:
+    """(path, label) of the files in a folder of class folders, at any depth; `names` numbers the classes.
+
+    Raises OSError, or ValueError where a class folder's name is not among them, or there is no file.
+    """
+    if unknown := sorted(set(class_names(folder)) - set(names)):
+        raise ValueError(f'{os.path.join(folder, unknown[0])}: no class of this name is known')
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def is_wanted(path: str) -> bool:
+        return path.lower().endswith(endings) and not os.path.basename(path).startswith('.')
+
+    files = make_dataset(folder, numbers, is_valid_file=is_wanted, allow_empty=True)
+    if not files:
+        raise ValueError(f'{folder}: no file in its class folders ends with any of {" ".join(endings)}')
+    return files
+
+
+def read_label_map(path: str) -> list[str]:
+    """Class names from a file with one name per line, or `name index` on every line."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            names = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f'{path}: not a text file in UTF-8; expected one class name a line') from None
+    indexed = [re.fullmatch(r'(.+?)[\s,]+(\d+)', name) for name in names]
+    if all(indexed) and sorted(int(match[2]) for match in indexed) == list(range(len(names))):
+        return [match[1] for match in sorted(indexed, key=lambda match: int(match[2]))]
+    return names

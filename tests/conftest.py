@@ -53,9 +53,8 @@ def run(command, cwd, expect=0, **env):
         line[:1] = ['-m', 'torch.distributed.run', '--standalone']
         env = {'CUDA_VISIBLE_DEVICES': '', **env}  # a machine may have fewer GPUs than processes here
     line = [sys.executable, *line]
-    result = subprocess.run(
-        line, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, timeout=400
-    )
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}  # so that tests beside each other keep their pace
+    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=env, timeout=400)
     assert result.returncode == expect, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 

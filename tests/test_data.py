@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import decode_all, write_video
 
 import data
+from runtime import sources
 
 REFERENCE = Path(__file__).parent / 'reference'
 
@@ -91,7 +92,7 @@ def sets(tmp_path):
         (tmp_path / name).write_bytes(b'nothing to see here')
     (tmp_path / 'videos.txt').write_text('0.mp4 5\n1.mp4 6\n2.mp4 7\n')
     (tmp_path / 'images.txt').write_text('0.jpg 5\n1.jpg 6\n2.jpg 7\n')
-    return tuple(data.read_list(str(tmp_path / f'{s}s.txt'), str(tmp_path)) for s in ('video', 'image'))
+    return tuple(sources.read_list(str(tmp_path / f'{s}s.txt'), str(tmp_path)) for s in ('video', 'image'))
 
 
 def test_training_samples_follow_from_seed_epoch_and_index(sets):
@@ -238,7 +239,7 @@ def test_lists_as_people_write_them(tmp_path):
     path.write_bytes(
         '\ufeffa b/ü clip.mp4 3\r\n\r\n  plain.avi  0  \r\nabc_def 300 7\nxyz,250,1\n1.5 2 4'.encode()
     )
-    samples = data.read_list(str(path), 'root', 8, videos=True)
+    samples = sources.read_list(str(path), 'root', 8, videos=True)
     assert [samples.path(i) for i in range(5)] == [
         'root/a b/ü clip.mp4', 'root/plain.avi', 'root/abc_def.mp4', 'root/xyz.mp4', 'root/1.5.mp4',
     ]  # fmt: skip
@@ -257,14 +258,14 @@ def test_lists_as_people_write_them(tmp_path):
 def test_lists_with_mistakes_name_file_and_line(tmp_path, text, message):
     (tmp_path / 'list.txt').write_text(text)
     with pytest.raises(ValueError, match=message):
-        data.read_list(str(tmp_path / 'list.txt'), num_classes=8)
+        sources.read_list(str(tmp_path / 'list.txt'), num_classes=8)
 
 
 def test_label_maps(tmp_path):
     (tmp_path / 'a.txt').write_text('air drumming\napplauding\n')
     (tmp_path / 'b.txt').write_text('applauding 1\nair drumming 0\n')
     for name in 'ab':
-        assert data.read_label_map(str(tmp_path / f'{name}.txt')) == ['air drumming', 'applauding']
+        assert sources.read_label_map(str(tmp_path / f'{name}.txt')) == ['air drumming', 'applauding']
 
 
 def joint_sampler(**options):
@@ -311,10 +312,10 @@ def test_joint_sampler_needs_one_full_step():
 
 
 def test_workers_are_loaded_evenly_and_change_nothing(demo):
-    videos = data.read_list(
+    videos = sources.read_list(
         str(demo / 'data/demo/video_train.txt'), str(demo / 'data/demo/videos_train'), videos=True
     )
-    images = data.read_list(str(demo / 'data/demo/image_train.txt'), str(demo / 'data/demo/images_train'))
+    images = sources.read_list(str(demo / 'data/demo/image_train.txt'), str(demo / 'data/demo/images_train'))
     joint = data.JointDataset(
         {'video': data.VideoDataset(videos, size=56), 'image': data.ImageDataset(images, size=56)}
     )

@@ -17,6 +17,7 @@ import evaluate
 import prepare
 from model import OmniSlowOnly
 from runtime import checkpoint as checkpoints
+from runtime import sources
 
 REFERENCE = Path(__file__).parent / 'reference'
 SMALL = {'layers': (1, 1, 1, 1), 'width': 8}
@@ -74,8 +75,8 @@ def checkpoint(demo):
     state = {
         'model': OmniSlowOnly(8, 4, **SMALL).state_dict(),
         'settings': settings,
-        'video_labels': data.read_label_map(str(demo / root / 'video_labels.txt')),
-        'image_labels': data.read_label_map(str(demo / root / 'image_labels.txt')),
+        'video_labels': sources.read_label_map(str(demo / root / 'video_labels.txt')),
+        'image_labels': sources.read_label_map(str(demo / root / 'image_labels.txt')),
     }
     torch.save(state, demo / 'small.pth')
     return demo / 'small.pth'
@@ -83,7 +84,7 @@ def checkpoint(demo):
 
 def views_by_hand(demo, network):
     """The 30-view scores of the demo's validation videos, one view at a time."""
-    samples = data.read_list(
+    samples = sources.read_list(
         str(demo / 'data/demo/video_val.txt'), str(demo / 'data/demo/videos_val'), videos=True
     )
     dataset = data.VideoDataset(samples, 'test', size=56)
@@ -138,7 +139,7 @@ def test_images(demo, checkpoint):
 
 
 def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
-    samples = data.read_list(
+    samples = sources.read_list(
         str(demo / 'data/demo/video_val.txt'), str(demo / 'data/demo/videos_val'), videos=True
     )
     samples = data.Samples(samples.paths[:4], samples.labels[:4], samples.root)  # of classes 0 to 3
@@ -178,7 +179,7 @@ def test_classify(demo, checkpoint, tmp_path):
     assert len(lines[start:]) == 1 + 5 + 1 + 4
     shares = [float(line.split('%')[0]) for line in lines[start + 1 : start + 6]]
     assert shares == sorted(shares, reverse=True)
-    known = data.read_label_map(str(demo / 'data/demo/video_labels.txt'))
+    known = sources.read_label_map(str(demo / 'data/demo/video_labels.txt'))
     assert {line.split('%')[1].strip() for line in lines[start + 1 : start + 6]} < set(known)
     (tmp_path / 'broken.mp4').write_text('no')
     result = run(['evaluate.py', '--ckpt', 'small.pth', str(tmp_path / 'broken.mp4'), *files], demo, expect=1)

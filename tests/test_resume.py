@@ -53,6 +53,7 @@ def no_gpu():
     """Bits are compared, and a machine may have fewer GPUs than processes here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('CUDA_VISIBLE_DEVICES', '')
+        patch.setenv('OMP_NUM_THREADS', '1')  # as `run` has it
         yield
 
 

@@ -286,7 +286,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --lr -1', '-1 is not above 0'),
         ('--demo --lr nan', 'nan is not above 0'),
         ('--demo --seed -1', '--seed must not be negative'),
-        ('--demo --videos-per-gpu 1', 'at least 2 per GPU'),
+        ('--demo --videos-per-gpu 1', '--videos-per-gpu: a batch of 1 cannot be normalized'),
         ('--demo --size 100', 'multiple of 7'),
         ('--demo --video-only --image-only', '--image-only leaves no videos'),
     ],
@@ -301,7 +301,7 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', 'per-gpu 1', 'size', 'only'))
+    usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', '--size', 'only'))
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
 
