@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
 from video import VideoReader
 
@@ -291,7 +290,8 @@ def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (..., C, H, W) -> (..., C, height, width): bilinear, half-pixel centres, no antialiasing."""
     pixels = pixels.movedim(-3, -1).contiguous().movedim(-1, -3)  # torch resizes interleaved RGB fastest
-    return TF.resize(pixels, [height, width], InterpolationMode.BILINEAR, antialias=False)
+    batch = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+    return F.interpolate(batch, (height, width), mode='bilinear').view(*pixels.shape[:-2], height, width)
 
 
 def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -11,7 +11,7 @@ Each command is a function of that name, `make_demo` the first; `in_parallel` is
 import argparse
 import contextlib
 import errno
-import functools
+import glob
 import multiprocessing
 import os
 import signal
@@ -40,7 +40,10 @@ from video import VideoReader, upright
 
 
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
-    """Read all files of a list or of class folders -> how many, and `path: reason` of each bad one."""
+    """Read all files of a list or of class folders as training and evaluation do, and every frame.
+
+    Returns how many there are, and `path: reason` of each bad one.
+    """
     if os.path.isdir(source):
         endings = data.VIDEO_ENDINGS + data.IMAGE_ENDINGS
         paths = [path for path, _ in sources.class_files(source, sources.class_names(source), endings)]
@@ -69,10 +72,11 @@ def check_file(path: str) -> None:
 
 
 def encode(source: str, target: str, short_side: int = 256, gop: int = 16) -> tuple[int, list[str]]:
-    """`encode_file` for all videos below a folder -> how many, and `path: reason` of each bad one.
+    """Copy all videos below a folder, smaller and with many key frames, so that they decode faster.
 
-    Names stay as they are, so that lists stay valid: `x.avi` is `x.avi` again, with MP4 inside, and FFmpeg
-    goes by that. Raises ValueError for folders that do not fit, OSError where nothing can be written.
+    Names stay as they are, so that lists stay valid: x.avi is x.avi again, with MP4 inside, and FFmpeg goes
+    by that. What is finished is left alone, so a copy that was stopped goes on. Returns how many there are,
+    and `path: reason` of each bad one. ValueError for folders that do not fit, OSError for a full disk.
     """
     if not os.path.isdir(source):
         raise ValueError(f'{source}: no such folder; encode takes a folder of videos')
@@ -80,13 +84,10 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 16) -> tu
     if os.path.realpath(source) == copies:
         raise ValueError(f'{target}: the copy needs a folder of its own')
     jobs = []
-    for folder, folders, names in os.walk(source, followlinks=True):
-        # The copies may lie inside the source.
-        folders[:] = sorted(n for n in folders if os.path.realpath(os.path.join(folder, n)) != copies)
-        below = os.path.normpath(os.path.join(target, os.path.relpath(folder, source)))
-        for name in sorted(names):
-            if name.lower().endswith(data.VIDEO_ENDINGS) and not name.startswith('.'):
-                jobs.append((os.path.join(folder, name), os.path.join(below, name), short_side, gop))
+    for path in sorted(glob.glob(f'{glob.escape(source)}/**/*', recursive=True)):
+        is_copy = os.path.realpath(path).startswith(f'{copies}{os.sep}')  # they may lie inside the source
+        if path.lower().endswith(data.VIDEO_ENDINGS) and not is_copy:
+            jobs.append((path, os.path.join(target, os.path.relpath(path, source)), short_side, gop))
     if not jobs:
         raise ValueError(f'{source}: no videos below it; they end with {" ".join(data.VIDEO_ENDINGS)}')
     for folder in {os.path.dirname(job[1]): 0 for job in jobs}:
@@ -172,44 +173,29 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
 def show(
     out: str, videos: data.Samples | None, images: data.Samples | None, size: int = 112, seed: int = 0
 ) -> list[str]:
-    """Draw the first three training clips and eight images of epoch 0, or what there is, as a PNG: what is
-    read from a file, and below it what the network is fed. Gives a line for each file that is unreadable."""
+    """Draw the first three training clips and images of epoch 0, as read and as fed, as a PNG.
+
+    Gives a line for each file that is unreadable. Raises OSError where the picture cannot be written.
+    """
     rows, titles, bad = [], [], []
-
-    def draw(dataset: data.VideoDataset | data.ImageDataset, index: int) -> tuple[data.Item | None, str]:
-        path, label = dataset.samples.path(index), dataset.samples.labels[index]
-        try:
-            item = dataset[0, index]
-        except RuntimeError as error:
-            bad.append(str(error))
-            return None, f'{path} (label {label}) is unreadable, and so is what would take its place'
-        bad.extend(item.bad)
-        replaced = f' in place of {path}, which is unreadable' if item.bad else ''
-        return item, f'{item.path} (label {item.label}){replaced}'
-
-    if videos:
-        dataset = data.VideoDataset(videos, size=size, seed=seed)
-        for index in range(min(3, len(videos))):
-            item, title = draw(dataset, index)
-            rows.append([])
-            titles.append(title)
-            if item:
-                rng = data.augmentation(dataset, 0, index)  # as for the sample itself
-                with VideoReader(item.path) as video:
-                    clip = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, rng=rng)
-                    rows[-1] = torch.from_numpy(video.get_batch(clip[0])).permute(0, 3, 1, 2)
-                rows.append(item.pixels.transpose(0, 1))
-                titles.append('as it is fed')
-    if images:
-        dataset = data.ImageDataset(images, size=size, seed=seed)
-        drawn = [draw(dataset, index) for index in range(min(8, len(images)))]
-        rows += [[], [item.pixels for item, _ in drawn if item]]
-        titles += ['; '.join(title for _, title in drawn), 'as they are fed']
-        for item in (item for item, _ in drawn if item):
-            with Image.open(item.path) as image:
-                whole = data.to_tensor(ImageOps.exif_transpose(image)).permute(1, 2, 0).numpy()
-            whole = ImageOps.pad(Image.fromarray(whole), (size, size), color='white')
-            rows[-2].append(data.to_tensor(whole))
+    videos = videos and data.VideoDataset(videos, size=size, seed=seed)
+    images = images and data.ImageDataset(images, size=size, seed=seed)
+    for dataset in filter(None, (videos, images)):
+        for index in range(min(3, len(dataset))):
+            item, path = dataset[0, index], dataset.samples.path(index)
+            bad += item.bad
+            replaced = f' in place of {path}, which is unreadable' if item.bad else ''
+            titles.append(f'{item.path} (label {item.label}){replaced}, and as it is fed')
+            if dataset is images:
+                with Image.open(item.path) as image:
+                    rows.append([data.to_tensor(ImageOps.exif_transpose(image)), item.pixels])
+                continue
+            rng = data.augmentation(dataset, 0, index)  # as for the sample itself
+            with VideoReader(item.path) as video:
+                clip = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, rng=rng)
+                rows.append(torch.from_numpy(video.get_batch(clip[0])).permute(0, 3, 1, 2))
+            rows.append(item.pixels.transpose(0, 1))
+            titles.append('')
     draw_rows(out, rows, titles, size)
     return bad
 
@@ -220,13 +206,19 @@ def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str],
     A label takes as many lines as it needs. Raises OSError where `out` cannot be written.
     """
     gap, line = 2, 16
-    rows = [[to_image(pixels, size) for pixels in row] for row in rows]
+
+    def to_image(pixels: Tensor) -> Image.Image:
+        width = max(round(pixels.shape[-1] * size / pixels.shape[-2]), 1)
+        return Image.fromarray(data.resize(pixels, size, width).permute(1, 2, 0).contiguous().numpy())
+
+    rows = [[to_image(pixels) for pixels in row] for row in rows]
     width = max([480, *(sum(image.width + gap for image in row) + gap for row in rows)])
-    titles = [wrap(label, width - 4 * gap) for label in labels]
-    height = sum(len(lines) * line + size + 4 * gap for lines, _ in titles)
+    font = ImageFont.load_default(12)
+    titles = [ascii_lines(label, int((width - 4 * gap) / font.getlength('m'))) for label in labels]
+    height = sum(len(lines) * line + size + 4 * gap for lines in titles)
     picture = Image.new('RGB', (width, height), 'white')
     drawing, y = ImageDraw.Draw(picture), 0
-    for (lines, font), row in zip(titles, rows):
+    for lines, row in zip(titles, rows):
         for text in lines:
             drawing.text((2 * gap, y + gap), text, 'black', font)
             y += line
@@ -234,42 +226,15 @@ def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str],
         for image in row:
             picture.paste(image, (x, y + 2 * gap))
             x += image.width + gap
-        y += (size + 4 * gap) if row else 2 * gap
-    picture.crop((0, 0, width, y)).save(out, format='PNG')
+        y += size + 4 * gap
+    picture.save(out, format='PNG')
 
 
-def to_image(pixels: Tensor, height: int) -> Image.Image:
-    width = max(round(pixels.shape[-1] * height / pixels.shape[-2]), 1)
-    return Image.fromarray(data.resize(pixels, height, width).permute(1, 2, 0).contiguous().numpy())
-
-
-@functools.cache
-def fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own, which has the letters of English, and those of the system that have others."""
-    found = [ImageFont.load_default(12)]
-    for name in ('DejaVuSans', 'Arial Unicode', 'Arial', 'arial', 'NotoSans-Regular'):
-        with contextlib.suppress(OSError):  # not installed
-            found.append(ImageFont.truetype(f'{name}.ttf', 12))
-    return found
-
-
-def wrap(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """A text in lines of at most `width` pixels, and the font that has most of its letters; the others are
-    written like \\u4e2d."""
-    text = unicodedata.normalize('NFC', text)  # a Mac writes the dots of an u as a letter of their own
-
-    def lacks(font: ImageFont.FreeTypeFont, letter: str) -> bool:
-        if letter.isascii() or not letter.isprintable():
-            return not letter.isprintable()
-        # The second is no letter, so it looks like any that is missing.
-        return bytes(font.getmask(letter)) == bytes(font.getmask('\U0010fffd'))
-
-    lacking = {font: [letter for letter in set(text) if lacks(font, letter)] for font in fonts()}
-    font = min(lacking, key=lambda font: len(lacking[font]))
-    for letter in lacking[font]:
-        text = text.replace(letter, letter.encode('unicode_escape').decode())
-    lines = textwrap.wrap(text, max(int(width / font.getlength('m')), 1))
-    return lines, font
+def ascii_lines(text: str, width: int) -> list[str]:
+    """A text in lines of at most `width` letters that Pillow's own font has: accents are left off, anything
+    else is written like \\u4e2d."""
+    text = ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c))
+    return textwrap.wrap(text.encode('ascii', 'backslashreplace').decode(), width)
 
 
 # demo: a small set of real files --------------------------------------------------------------------------
@@ -437,40 +402,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         'prepare.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    command = commands.add_parser('demo', description='Make the small set that `train.py --demo` trains on.')
-    command.add_argument('dir', metavar='DIR')
-    about = 'Read every file as training and evaluation do, and all of it; name what cannot be read.'
-    command = commands.add_parser('check', description=about)
-    command.add_argument(
-        'source', metavar='LIST-or-DIR', help='"path label" lines, or a folder of class folders'
-    )
-    command.add_argument('--root', default='', help='folder that the paths of a list are below')
-    command.add_argument('--out', default='bad_samples.txt', help='what is bad (default: %(default)s)')
-    about = (
-        'Copy a tree of videos as H.264, smaller and with many key frames, so that it decodes faster. Names '
-        'stay as they are, so that lists stay valid: x.avi is x.avi again, with MP4 inside, and FFmpeg goes '
-        'by that. The same command goes on where one was stopped; bad files are in DST/bad_samples.txt.'
-    )
-    command = commands.add_parser('encode', description=about)
-    command.add_argument('src', metavar='SRC')
-    command.add_argument('dst', metavar='DST')
-    command.add_argument(
-        '--short-side', type=data.positive, default=256, help='(default: %(default)s, or less)'
-    )
-    command.add_argument(
-        '--gop', type=data.positive, default=16, help='a key frame every (default: %(default)s)'
-    )
-    about = 'Draw training samples as they are read and, below, as they are fed.'
-    command = commands.add_parser('show', description=about)
-    command.add_argument('out', metavar='OUT.png')
+    commands.add_parser('demo').add_argument('dir', metavar='DIR')
+
+    add = commands.add_parser('check', description=check.__doc__).add_argument
+    add('source', metavar='LIST-or-DIR', help='"path label" lines, or a folder of class folders')
+    add('--root', default='', help='folder that the paths of a list are below')
+    add('--out', default='bad_samples.txt', help='what is bad (default: %(default)s)')
+
+    add = commands.add_parser('encode', description=encode.__doc__).add_argument
+    add('src', metavar='SRC')
+    add('dst', metavar='DST', help='what is bad is listed in its bad_samples.txt')
+    add('--short-side', type=data.positive, default=256, help='(default: %(default)s, or less)')
+    add('--gop', type=data.positive, default=16, help='a key frame every (default: %(default)s)')
+
+    add = commands.add_parser('show', description=show.__doc__).add_argument
+    add('out', metavar='OUT.png')
     for source, path in (('video', 'videos'), ('image', 'images')):
         help = f'or class folders (default: data/demo/{source}_train.txt, if it is there)'
-        command.add_argument(f'--{source}-list', metavar='LIST', help=help)
+        add(f'--{source}-list', metavar='LIST', help=help)
         help = f'folder that its paths are below (default with that: data/demo/{path}_train)'
-        command.add_argument(f'--{source}-root', metavar='DIR', help=help)
-    command.add_argument(
-        '--size', type=data.positive, default=112, help='of the crops (default: %(default)s)'
-    )
+        add(f'--{source}-root', metavar='DIR', help=help)
+    add('--size', type=data.positive, default=112, help='of the crops (default: %(default)s)')
     return parser.parse_args(argv)
 
 
@@ -488,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
             report(args.src, *encode(args.src, args.dst, args.short_side, args.gop), bad)
         else:
             show_lists(args)
-    except (OSError, ValueError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         print(f'prepare.py: {"stopped" if stopped else error}', file=sys.stderr)
         sys.exit(130 if stopped else 1)

@@ -344,8 +344,6 @@ class Run:
                     'done': self.done,
                     'best': self.best,
                     'settings': vars(self.args),
-                    'video_labels': None,
-                    'image_labels': None,
                     **{f'{source.name}_labels': source.labels for source in self.sources},
                     'lists': {source.name: source.train.samples.fingerprint() for source in self.sources},
                 }

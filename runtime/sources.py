@@ -7,7 +7,6 @@ import os
 import re
 
 import numpy as np
-from torchvision.datasets.folder import find_classes, make_dataset
 
 import data
 from runtime.distributed import show, world_size
@@ -26,7 +25,7 @@ def open_sources(args: argparse.Namespace) -> list[data.Source]:
             source.per_gpu = max(len(source.train) // (steps * world_size()), 2)
         if source.per_gpu == 1:
             raise ValueError(
-                f'--{source.name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics, it needs 2'
+                f'--{source.name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics'
             )
     return sources
 
@@ -177,10 +176,10 @@ def read_list(
 
 def class_names(folder: str) -> list[str]:
     """The names of a folder's class folders, in alphabetical order."""
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise ValueError(f'{folder}: no class folders in it') from None
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
+    if not names:
+        raise ValueError(f'{folder}: no class folders in it')
+    return names
 
 
 def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list[tuple[str, int]]:
@@ -191,11 +190,13 @@ def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list
     if unknown := sorted(set(class_names(folder)) - set(names)):
         raise ValueError(f'{os.path.join(folder, unknown[0])}: no class of this name is known')
     numbers = {name: number for number, name in enumerate(names)}
-
-    def is_wanted(path: str) -> bool:
-        return path.lower().endswith(endings) and not os.path.basename(path).startswith('.')
-
-    files = make_dataset(folder, numbers, is_valid_file=is_wanted, allow_empty=True)
+    files = [
+        (os.path.join(below, file), numbers[name])
+        for name in class_names(folder)
+        for below, _, found in sorted(os.walk(os.path.join(folder, name), followlinks=True))
+        for file in sorted(found)
+        if file.lower().endswith(endings) and not file.startswith('.')
+    ]
     if not files:
         raise ValueError(f'{folder}: no file in its class folders ends with any of {" ".join(endings)}')
     return files

@@ -154,7 +154,7 @@ def test_images_first_then_videos(demo):
     """An image-only run, and a run that starts from its weights."""
     run(f'train.py {SMALL} --epochs 2 --image-only --work-dir images', demo)
     saved = torch.load(demo / 'images/best.pth', weights_only=True)
-    assert saved['video_labels'] is None and len(saved['image_labels']) == 4
+    assert 'video_labels' not in saved and len(saved['image_labels']) == 4
     state = saved['model']
     assert not any(key.startswith('video_head') for key in state)
     assert torch.equal(state['bn1.running_mean'], torch.zeros(8))
@@ -345,7 +345,7 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
 
 
 def test_the_readme_s_comparison_follows_from_its_runs():
-    """The table of `bench.py claim`: each cell is the mean and standard deviation of its recorded runs."""
+    """The table of `claim.py`: each cell is the mean and standard deviation of its recorded runs."""
     runs = [json.loads(line) for line in (REFERENCE / 'claim.jsonl').read_text().splitlines()]
     rows = re.findall(r'^\| (\d+) \|(.*±.*)\|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
     assert len(rows) == 3
