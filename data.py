@@ -164,7 +164,7 @@ class ImageDataset(Dataset):
                 # Of a JPEG far larger than needed, libjpeg decodes a half, a quarter or an eighth.
                 scale = self.size / min(box[2:])
                 image.draft('RGB', [math.ceil(side * scale) for side in image.size])
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)  # which spares a copy
                 top, left, h, w = (round(number * image.height / height) for number in box)
                 pixels = to_tensor(image.crop((left, top, left + w, top + h)))
                 pixels = resize(pixels, self.size, self.size)
