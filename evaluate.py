@@ -10,6 +10,11 @@ Lists, label names and the input's size come from the checkpoint; an official MM
 them and is taken as the published recipe. Runs on a GPU where there is one, else on the CPU.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
+
 import argparse
 import os
 import pickle

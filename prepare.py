@@ -8,13 +8,17 @@
 Each command is a function of that name, `make_demo` the first; `in_parallel` is how they use all cores.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import argparse
 import contextlib
 import errno
 import glob
 import multiprocessing
 import os
-import signal
 import sys
 import textwrap
 import unicodedata
@@ -428,6 +432,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # file names may be anything
     try:

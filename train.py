@@ -11,6 +11,11 @@ cross-entropies, and does one backward pass and one SGD step. The defaults are M
 Begin with `train_step`, then `train_epoch` and `main`. What keeps a run alive is in runtime/.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the run listens: no traceback
+
 import argparse
 import math
 import os

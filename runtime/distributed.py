@@ -51,9 +51,6 @@ def processes(program: str):
     except OSError as error:  # the log cannot be written, say
         print(f'{program}: {error}', file=sys.stderr)
         leave(1)
-    except KeyboardInterrupt:
-        show(f'{program}: interrupted', file=sys.stderr)
-        leave(128 + signal.SIGINT)
     except Exception as error:
         if isinstance(error, RuntimeError) and any(s in str(error) for s in ('DataLoader', 'gloo', 'NCCL')):
             print(f'{program}: {DIED} ({str(error).splitlines()[0]})', file=sys.stderr)

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +186,15 @@ def test_classify(demo, checkpoint, tmp_path):
     (tmp_path / 'broken.mp4').write_text('no')
     result = run(['evaluate.py', '--ckpt', 'small.pth', str(tmp_path / 'broken.mp4'), *files], demo, expect=1)
     assert 'broken.mp4' in result.stderr and 'my clip.mp4 (video)' in result.stdout
+
+
+@pytest.mark.parametrize('seconds', [0.3, 3])  # among the imports, at work
+def test_ctrl_c_shows_no_traceback(demo, checkpoint, seconds):
+    line = [sys.executable, str(ROOT / 'evaluate.py'), '--ckpt', 'small.pth', '--clips', '1000']
+    process = subprocess.Popen(line, cwd=demo, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert 'Traceback' not in process.stderr.read() and process.wait() == -signal.SIGINT
 
 
 def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):

@@ -11,6 +11,7 @@ from conftest import ROOT, run
 
 import evaluate
 import train
+from runtime.distributed import join
 from runtime.log import Log
 
 REFERENCE = Path(__file__).parent / 'reference'
@@ -326,6 +327,14 @@ def test_own_lists_are_not_paired_with_the_published_validation_sets(demo):
     assert args.val_list == evaluate.VAL_LIST and args.image_val_list is None  # it does not exist here
     args = train.parse_args([*own.split(), '--val-list', 'a.txt', '--image-val-list', 'b.txt'])
     assert (args.val_list, args.image_val_list) == ('a.txt', 'b.txt')
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(SystemExit, match='train.py: 2 processes for the 1 GPUs here: --nproc_per_node=1'):
+        join('train.py')
 
 
 def test_the_log_is_json_whatever_the_numbers(tmp_path):
