@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ class VideoDataset(Dataset):
     num_clips: int = 10
     num_crops: int = 3
     seed: int = 0
+    flip: bool = True
     purpose: str = 'VideoDataset'  # tells this set's random numbers from those of another
 
     @property
@@ -119,7 +121,7 @@ class VideoDataset(Dataset):
         frames = np.stack([frames[index] for index in wanted.tolist()])  # (N, H, W, 3)
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (N, 3, H, W)
         if self.mode == 'train':
-            frames = random_resized_crop(frames, self.size, rng)
+            frames = random_resized_crop(frames, self.size, rng, self.flip)
             return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
         if num_crops == 3:
             crops = three_crops(frames)
@@ -141,6 +143,7 @@ class ImageDataset(Dataset):
     mode: str = 'train'
     size: int = 224
     seed: int = 0
+    flip: bool = True
     purpose: str = 'ImageDataset'
 
     @property
@@ -155,8 +158,7 @@ class ImageDataset(Dataset):
 
     def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
-        with warnings.catch_warnings(), Image.open(path) as image:  # its size is known, nothing decoded yet
-            warnings.simplefilter('ignore')  # odd metadata and large pictures are read all the same
+        with quietly(), Image.open(path) as image:  # its size is known, nothing decoded yet
             if self.mode == 'train':
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 width, height = image.size[::-1] if turned else image.size
@@ -168,10 +170,18 @@ class ImageDataset(Dataset):
                 top, left, h, w = (round(number * image.height / height) for number in box)
                 pixels = to_tensor(image.crop((left, top, left + w, top + h)))
                 pixels = resize(pixels, self.size, self.size)
-                return pixels.flip(-1) if rng.random() < 0.5 else pixels
+                return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
             pixels = to_tensor(ImageOps.exif_transpose(image))
         pixels = resize(pixels, *short_side_to(self.size * 8 // 7, *pixels.shape[-2:]))
         return center_crop(pixels, self.size).unsqueeze(0)
+
+
+@contextmanager
+def quietly():
+    """Odd metadata and large pictures are read all the same, without Pillow's warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -252,11 +262,11 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def random_resized_crop(pixels: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """uint8 (..., C, H, W) -> (..., C, size, size): a random part of it, mirrored half of the time."""
+def random_resized_crop(pixels: Tensor, size: int, rng: np.random.Generator, flip: bool = True) -> Tensor:
+    """uint8 (..., C, H, W) -> (..., C, size, size): a random part of it, mirrored or not where `flip`."""
     top, left, h, w = crop_box(*pixels.shape[-2:], rng)
     pixels = resize(pixels[..., top : top + h, left : left + w], size, size)
-    return pixels.flip(-1) if rng.random() < 0.5 else pixels
+    return pixels.flip(-1) if flip and rng.random() < 0.5 else pixels
 
 
 def center_crop(pixels: Tensor, size: int) -> Tensor:
@@ -347,15 +357,18 @@ class JointDataset(Dataset):
 
 
 class JointSampler(Sampler):
-    """A batch of each source per step, for one rank, from `epoch` to the last.
+    """The samples of every step from `epoch` to the last, for one process; a step is `accumulate` batches.
 
-    `sizes` and `per_gpu` have the number of samples of each source, in all and in a step of one process. An
-    epoch has as many steps as the smallest source gives; within it no sample is drawn twice on any rank. Its
-    order follows from (seed, epoch) alone. A step's batches are yielded as one list of keys: a DataLoader
-    hands out batches to its workers in turn, and with video and image batches alternating, an even number of
-    workers would leave all the videos to one half of them.
+    Each source is a stream, pass after pass over its samples, in an order that follows from (seed, pass)
+    alone. A step takes the next of each: `per_gpu` samples for each batch of each process. An epoch is one
+    pass over the first source, without the few at its end that make no full step; the others go on from where
+    they were, as often around as they must. Which batches a process has is a matter of numbering: 8 processes
+    draw what one with `accumulate` 8 does.
 
-    `done` holds how many samples of each source all ranks together have drawn of the first epoch already.
+    `done` says how many samples all processes together have drawn: of the first source in this epoch, of the
+    others since the run began. A batch has all sources in one list of keys (source, pass, index): a
+    DataLoader hands out batches to its workers in turn, and with video and image batches alternating, an even
+    number of workers would leave all the videos to one half of them.
     """
 
     def __init__(
@@ -366,43 +379,60 @@ class JointSampler(Sampler):
         world_size: int = 1,
         seed: int = 0,
         epochs: int = 256,
+        accumulate: int = 1,
     ):
-        self.sizes, self.per_gpu = sizes, per_gpu
-        self.rank, self.world_size, self.seed, self.epochs = rank, world_size, seed, epochs
+        self.sizes, self.seed, self.epochs, self.first = sizes, seed, epochs, next(iter(sizes))
+        self.per_gpu, self.accumulate, self.rank = per_gpu, accumulate, rank
+        self.per_step = {source: count * world_size * accumulate for source, count in per_gpu.items()}
         self.epoch, self.done = 0, dict.fromkeys(sizes, 0)
+        self.orders = {}
         self.steps_per_epoch = self.steps_left(self.done)
-        for source, size in sizes.items():
-            if size < per_gpu[source] * world_size:
-                needed = f'{world_size} x {per_gpu[source]}'
-                raise ValueError(
-                    f'{size} training {source}s are too few for a step of {needed}; lower --{source}s-per-gpu'
-                )
+        if not self.steps_per_epoch:
+            needed = ' x '.join(str(n) for n in (world_size, accumulate, per_gpu[self.first]) if n > 1)
+            raise ValueError(
+                f'{sizes[self.first]} training {self.first}s are too few for a step of {needed}; lower '
+                f'--{self.first}s-per-gpu'
+            )
 
     def steps_left(self, done: dict[str, int]) -> int:
         """Full steps left in an epoch of which `done` samples have been drawn."""
-        return min((self.sizes[s] - done[s]) // (n * self.world_size) for s, n in self.per_gpu.items())
+        return (self.sizes[self.first] - done[self.first]) // self.per_step[self.first]
 
     def steps_done(self, done: dict[str, int]) -> int:
         """Full steps that `done` samples of an epoch make."""
-        return min(done[s] // (n * self.world_size) for s, n in self.per_gpu.items())
+        return done[self.first] // self.per_step[self.first]
+
+    def after_step(self, done: dict[str, int]) -> dict[str, int]:
+        return {source: count + self.per_step[source] for source, count in done.items()}
+
+    def after_epoch(self, done: dict[str, int]) -> dict[str, int]:
+        return {**done, self.first: 0}
 
     def __len__(self) -> int:
-        return self.steps_left(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
+        steps = self.steps_left(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
+        return steps * self.accumulate
 
     def __iter__(self):
         done = self.done
         for epoch in range(self.epoch, self.epochs):
-            order = {
-                s: generator(f'{s} order', self.seed, epoch).permutation(size)
-                for s, size in self.sizes.items()
-            }
-            for step in range(self.steps_left(done)):
-                batch = []
-                for source, count in self.per_gpu.items():
-                    start = done[source] + (step * self.world_size + self.rank) * count
-                    batch += [(source, epoch, int(index)) for index in order[source][start : start + count]]
-                yield batch
-            done = dict.fromkeys(self.sizes, 0)
+            for _ in range(self.steps_left(done)):
+                for number in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                    batch = []
+                    for source, count in self.per_gpu.items():
+                        start = done[source] + number * count
+                        start += epoch * self.sizes[source] if source == self.first else 0
+                        batch += [self._key(source, place) for place in range(start, start + count)]
+                    yield batch
+                done = self.after_step(done)
+            done = self.after_epoch(done)
+
+    def _key(self, source: str, place: int) -> tuple[str, int, int]:
+        """What stands at a place of a source's stream."""
+        number, place = divmod(place, self.sizes[source])
+        if self.orders.get(source, (None,))[0] != number:
+            order = generator(f'{source} order', self.seed, number).permutation(self.sizes[source])
+            self.orders[source] = number, order
+        return source, number, int(self.orders[source][1][place])
 
 
 def collate(samples: list[tuple[str, Item]]) -> dict[str, Item]:

@@ -4,6 +4,7 @@
     python evaluate.py --ckpt work_dirs/omni/best.pth --images              the image set instead
     python evaluate.py --ckpt work_dirs/omni/best.pth --show wrong.png      and draw the surest mistakes
     python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    five likeliest labels of each file
+    python evaluate.py --ckpt work_dirs/omni/best.pth long.mp4 --timeline   what is seen when in a long video
     torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
 
 Lists, label names and the input's size come from the checkpoint; an official MMAction2 checkpoint has none of
@@ -31,6 +32,7 @@ import prepare
 from model import fold_batchnorm
 from runtime import checkpoint, distributed, sources
 from runtime.distributed import UserError, gather, rank, show, together, world_size
+from video import VideoReader
 
 # the published validation set; used where neither the command nor the checkpoint names another
 VAL_LIST = 'data/kinetics400/kinetics400_val_list_videos.txt'
@@ -194,16 +196,28 @@ def check_writable(path: str) -> None:
         os.remove(path)
 
 
-def classify(network: nn.Module, path: str, settings: dict, names: dict, precision: str) -> str:
-    """The five likeliest labels of a video or image file, as text."""
+def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> str:
+    """The five likeliest labels of a video or image file, as text; with --timeline the three likeliest of
+    each of a video's clips, which are spread evenly over it."""
     if path.lower().endswith(data.IMAGE_ENDINGS):
-        kind, dataset = 'image', data.ImageDataset(None, 'val', settings['size'])
+        kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
     else:
-        kind, dataset = 'video', data.VideoDataset(None, 'test', **settings)
+        clips = {'num_clips': args.clips, 'num_crops': args.crops}
+        kind, dataset = 'video', data.VideoDataset(None, 'test', **settings, **clips)
     if network.head(kind) is None:
         raise ValueError(f'this checkpoint has no head for {kind}s')
-    scores = score_views(network, kind, dataset.load(path, None), precision).mean(0)
+    scores = score_views(network, kind, dataset.load(path, None), args.precision)  # (crops x clips, classes)
     lines = [f'{path} ({kind})']
+    if args.timeline and kind == 'video':
+        with VideoReader(path) as video:
+            clips = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, args.clips)
+            rate, end = float(video.stream.average_rate or 30), len(video) - 1
+        for first, row in zip(clips[:, 0], scores.unflatten(0, (args.crops, -1)).mean(0)):
+            last = min(first + (dataset.clip_len - 1) * dataset.frame_interval, end)
+            likeliest = [f'{class_name(names[kind], i)} {row[i]:.1%}' for i in row.topk(min(3, len(row)))[1]]
+            lines.append(f'  {first / rate:7.1f} to {last / rate:6.1f} s  {", ".join(likeliest)}')
+        return '\n'.join(lines)
+    scores = scores.mean(0)
     for score, label in zip(*scores.topk(min(5, len(scores)))):
         lines.append(f'  {score:7.2%}  {class_name(names[kind], label)}')
     return '\n'.join(lines)
@@ -220,6 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')
     add('--dump', metavar='PKL', help="write scores and labels in the format of MMAction2's result.pkl")
     add('--show', metavar='PNG', help='draw the surest of the wrongly classified clips, with their scores')
+    add('--timeline', action='store_true', help='of a long video to classify, what is seen when')
     add('--images', action='store_true', help='measure the image set, one centre crop each')
     add(
         '--val-list',
@@ -234,6 +249,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
+    if args.timeline and not args.files:
+        parser.error('--timeline needs a video to classify')
     return args
 
 
@@ -248,23 +265,22 @@ def main(argv: list[str] | None = None) -> None:
         trained = saved.get('settings', {})
         settings = {key: trained[key] for key in ('size', 'clip_len', 'frame_interval') if key in trained}
         names = {kind: saved.get(f'{kind}_labels') for kind in ('video', 'image')}
-        precision, why = distributed.pick_precision(args.precision, device)
-        show(f'{args.ckpt}: computing in {precision} ({why}) on {device}')
+        args.precision, why = distributed.pick_precision(args.precision, device)
+        show(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
         if network.head('image') and checkpoint.images_share_statistics(saved['model']):
             show('no image statistics in this checkpoint: images are normalized with those of the videos')
         if args.files:
-            settings.update(num_clips=args.clips, num_crops=args.crops)
-            classify_all(network, args.files, {'size': 224, **settings}, names, precision)
+            classify_all(network, args, settings, names)
         else:
-            measure(network, args, trained, settings, names, precision)
+            measure(network, args, trained, settings, names)
 
 
-def classify_all(network: nn.Module, files: list[str], *how) -> None:
+def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
     """Print what each file shows; exit with 1 if one could not be read."""
     failed = False
-    for path in files:
+    for path in args.files:
         try:
-            show(classify(network, path, *how))
+            show(classify(network, path, args, settings, names))
         except Exception as error:  # damaged files raise whatever the decoder trips over
             failed = True
             show(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
@@ -295,16 +311,14 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     return data.VideoDataset(samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops)
 
 
-def measure(
-    network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict, precision: str
-) -> None:
+def measure(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict) -> None:
     """Score a validation set, print its metrics, write what was asked for."""
     kind = 'image' if args.images else 'video'
     with together():
         dataset = open_set(network, args, trained, settings, names)
     workers = distributed.default_workers() if args.workers is None else args.workers
     scores, labels, bad = predict(
-        network, kind, dataset, precision, 16 if args.images else 1, workers, f'{len(dataset)} {kind}s'
+        network, kind, dataset, args.precision, 16 if args.images else 1, workers, f'{len(dataset)} {kind}s'
     )
     for line in bad:
         show(f'unreadable, counted as wrong: {line}', file=sys.stderr)

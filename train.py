@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import data
 import evaluate
-from runtime.distributed import autocast, processes, rank, show, world_size
+from runtime.distributed import autocast, processes, rank, show, sums_gradients, world_size
 from runtime.run import Run
 
 # The method -----------------------------------------------------------------------------------------------
@@ -47,49 +47,57 @@ def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batch: dict[str, data.Item],
+    batches: list[dict[str, data.Item]],
+    seeds: list[int],
     device: torch.device,
     precision: str = 'fp32',
     clip_norm: float = 40,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """One joint step on a batch of `data.collate`: videos and images, one summed loss, one update.
+) -> tuple[list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]], Tensor]:
+    """One joint step on batches of `data.collate`: videos and images, one summed loss, one update.
 
-    Returns losses, logits and labels by source, and the norm of all gradients before clipping, all of them on
-    the device: nothing here waits for a GPU. Where the norm is not finite, no weight is changed.
+    More than one batch is gradient accumulation: each is normalized by itself, as on a process of its own.
+    `seeds` has one of dropout, the only random numbers here, for each. Returns (losses, logits, labels) of
+    each batch, by source, and the norm of all gradients before clipping, all of them on the device: nothing
+    here waits for a GPU. Where the norm is not finite, no weight is changed.
     """
-    pixels = {source: item.pixels.to(device, non_blocking=True) for source, item in batch.items()}
-    labels = {source: item.label.to(device, non_blocking=True) for source, item in batch.items()}
-    with autocast(device, precision):
-        logits = net(pixels)  # of videos (16, 400), of images (85, 1000)
-        losses = {source: F.cross_entropy(logits[source], labels[source]) for source in batch}
+    results = []
     optimizer.zero_grad()
-    scaler.scale(sum(losses.values())).backward()  # the shared weights get the gradients of both
+    for number, (batch, seed) in enumerate(zip(batches, seeds), 1):
+        torch.manual_seed(seed)
+        pixels = {source: item.pixels.to(device, non_blocking=True) for source, item in batch.items()}
+        labels = {source: item.label.to(device, non_blocking=True) for source, item in batch.items()}
+        with autocast(device, precision), sums_gradients(net, number == len(batches)):
+            logits = net(pixels)  # of videos (16, 400), of images (85, 1000)
+            losses = {source: F.cross_entropy(logits[source], labels[source]) for source in batch}
+            loss = sum(losses.values()) / len(batches)
+        scaler.scale(loss).backward()  # the shared weights get the gradients of both
+        results.append((losses, logits, labels))
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
     if precision != 'fp16':  # as the scaler does: where this is not 0, the fused step changes nothing
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
-    return losses, logits, labels, grad_norm
+    return results, grad_norm
 
 
 def train_epoch(run: Run) -> None:
     """The steps that are left of an epoch."""
     args = run.args
     for step in run.steps():
-        batch = run.next_batch()
-        run.between_steps(batch)  # all processes together: give up, save or stop?
+        batches = run.next_batches()
+        run.between_steps(batches)  # all processes together: give up, save or stop?
 
         iteration = run.epoch * run.steps_per_epoch + step
         lr = learning_rate(iteration, run.steps_per_epoch, args.lr, args.warmup_epochs, args.epochs)
         for group in run.optimizer.param_groups:
             group['lr'] = lr
-        # Dropout is the one thing in a step that draws random numbers.
-        torch.manual_seed(int(data.generator('dropout', args.seed, iteration, rank()).integers(2**62)))
-        results = train_step(
-            run.net, run.optimizer, run.scaler, batch, run.device, run.precision, args.clip_norm
+        numbers = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)
+        seeds = [data.generator('dropout', args.seed, iteration, n).integers(2**62).item() for n in numbers]
+        results, grad_norm = train_step(
+            run.net, run.optimizer, run.scaler, batches, seeds, run.device, run.precision, args.clip_norm
         )
-        run.count(step, batch, results)
+        run.count(step, batches, results, grad_norm)
         run.log_step(step, lr)
 
 
@@ -113,7 +121,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
     args = parse_args(argv)
     with processes('train.py') as device:
         if args.auto_scale_lr:
-            args.lr *= args.videos_per_gpu * world_size() / 128
+            args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
         run = Run(args, device)
         while run.epoch < args.epochs:
             train_epoch(run)
@@ -159,6 +167,7 @@ DEMO = {
     'width': 16,
     'size': 56,
     'epochs': 16,
+    'images_per_gpu': 24,
     'lr': 0.05,
     'clip_norm': 1.0,
     'video_list': 'data/demo/video_train.txt',
@@ -213,7 +222,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--epochs', 'long, as everything is learned from scratch', type=positive, default=256)
     add('--warmup-epochs', 'default: in proportion, 34 of 256', type=int)
     add('--videos-per-gpu', 'video batch of each process', type=positive, default=16)
-    add('--images-per-gpu', 'default: both sets take the same number of steps, 85', type=positive)
+    add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=positive)
+    add('--accumulate', 'batches a step: 8 on one GPU compute what 8 GPUs do', type=positive, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=positive_float, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
     add('--momentum', 'of SGD', type=float, default=0.9)
@@ -221,6 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clip-norm', 'bounds the norm of all gradients together', type=positive_float, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
+    add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint of this network; heads may have other classes', metavar='CKPT')
 
@@ -250,8 +261,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--init and --init-2d exclude each other')
     if args.image_only and (args.video_only or args.auto_scale_lr):
         parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
-    if args.image_only and args.images_per_gpu is None:
-        args.images_per_gpu = 85  # as the recipe's joint steps have
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs * 34 / 256)
     args.layers = list(args.layers)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -139,6 +139,11 @@ def add_up(*numbers: int) -> list[int]:
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums.tolist()
+
+
+def sums_gradients(net: torch.nn.Module, now: bool):
+    """A context in which a backward pass ends with adding up the gradients of all processes, or does not."""
+    return nullcontext() if now or world_size() == 1 else net.no_sync()
 
 
 @contextmanager

@@ -58,11 +58,14 @@ class Log:
         self.steps, self.rows, self.files, self.data_time, self.start = [], [], [], 0.0, time.perf_counter()
 
     @torch.no_grad()
-    def add(self, step: int, files: list[str], losses: dict, logits: dict, labels: dict, grad_norm: Tensor):
+    def add(self, step: int, files: list[str], results: list[tuple], grad_norm: Tensor) -> None:
         """Add what `train_step` gave."""
-        self.sources = list(losses)
-        hits = [(logits[source].argmax(1) == labels[source]).float().mean() for source in losses]
-        self.rows.append(torch.stack([*losses.values(), *hits, grad_norm]).float())
+        batches = []
+        for losses, logits, labels in results:
+            self.sources = list(losses)
+            hits = [(logits[source].argmax(1) == labels[source]).float().mean() for source in losses]
+            batches.append(torch.stack([*losses.values(), *hits]).float())
+        self.rows.append(torch.cat([torch.stack(batches).mean(0), grad_norm.float().view(1)]))
         self.steps.append(step)
         self.files.append(files)
 

@@ -59,6 +59,7 @@ class Run:
                 world_size(),
                 args.seed,
                 args.epochs,
+                args.accumulate,
             )
             self.network = self._new_network(saved, path)
             if saved is not None:
@@ -157,11 +158,9 @@ class Run:
             set_statistics(self.network, statistics[rank()].to(self.device))
         else:
             set_statistics(self.network, statistics.mean(0).to(self.device))
-            left = ' and '.join(f'{n - self.done[s]} {s}s' for s, n in self.sampler.sizes.items())
-            show(
-                f'{len(statistics)} processes -> {world_size()}: the other {left} of epoch {self.epoch + 1} '
-                'are dealt out anew'
-            )
+            name = self.sampler.first
+            left = f'{self.sampler.sizes[name] - self.done[name]} {name}s of epoch {self.epoch + 1}'
+            show(f'{len(statistics)} processes -> {world_size()}: the other {left} are dealt out anew')
         harmless = ('work_dir', 'resume', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(self.args).items():
             was = saved['settings'].get(key, value)
@@ -180,11 +179,26 @@ class Run:
             if source.val is None and not args.no_validate:
                 flag = 'val' if source.name == 'video' else f'{source.name}-val'
                 show(f'{source.name}s are not validated: no --{flag}-list')
-        batch = ' and '.join(f'{world_size()} x {s.per_gpu} {s.name}s' for s in sources)
+        times = f'{world_size()} x ' + (f'{args.accumulate} x ' if args.accumulate > 1 else '')
+        batch = ' and '.join(f'{times}{s.per_gpu} {s.name}s' for s in sources)
         show(
             f'{self.steps_per_epoch} steps an epoch of {batch}, {args.epochs} epochs, '
             f'learning rate {args.lr:g}'
         )
+        for source in sources[1:]:
+            passes = self.steps_per_epoch * self.sampler.per_step[source.name] / len(source.train)
+            share = (
+                f'{passes:.1%} of the {source.name}s'
+                if passes < 1
+                else f'each {source.name} {passes:.1f} times'
+            )
+            show(f'an epoch sees each {sources[0].name} once and {share}')
+        times = args.lr / 0.1 * 128 / self.sampler.per_step[sources[0].name]  # more is what the demo needs
+        if times > 2 and sources[0].name == 'video' and not args.demo:
+            show(
+                f"the learning rate is {times:.1f} times the recipe's for so many {sources[0].name}s a step; "
+                '--auto-scale-lr makes it the same'
+            )
         if args.compile:
             show('compiling: the first steps take minutes')
         if self.epoch >= args.epochs:
@@ -214,23 +228,23 @@ class Run:
         if self.unreadable:
             show(f'{self.unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
 
-    def next_batch(self) -> dict[str, data.Item]:
-        """The loader's next batch, {source: Item}; empty if there is none: `between_steps` tells all."""
+    def next_batches(self) -> list[dict[str, data.Item]]:
+        """The loader's next --accumulate batches; none if one cannot be had: `between_steps` tells all."""
         start = time.perf_counter()
         try:
-            return next(self.batches)
+            return [next(self.batches) for _ in range(self.args.accumulate)]
         except RuntimeError as error:
             last = str(error).strip().splitlines()[-1]
             if 'in a row are unreadable' not in last:
                 raise
             self.trouble = last.removeprefix('RuntimeError: ')
-            return {}
+            return []
         finally:
             self.log.data_time += time.perf_counter() - start
 
-    def between_steps(self, batch: dict[str, data.Item]) -> None:
+    def between_steps(self, batches: list[dict[str, data.Item]]) -> None:
         """What one rank has met since the last step, all of them act on: give up, save, or stop."""
-        bad = [line for item in batch.values() for line in item.bad]
+        bad = [line for batch in batches for item in batch.values() for line in item.bad]
         asked = self.stop.asks()
         due = rank() == 0 and time.monotonic() - self.last_save > 60 * self.args.save_minutes
         in_trouble, due, terminated, interrupted, count = add_up(
@@ -254,21 +268,25 @@ class Run:
                 self.listed.add(f'{line}\n')
                 print(line, file=self.bad_list)
         self.unreadable += count
-        drawn = sum(self.done.values()) + world_size() * sum(source.per_gpu for source in self.sources)
+        steps = self.sampler.steps_done(self.done) + 1
+        drawn = steps * sum(self.sampler.per_step.values())
         if self.unreadable > max(self.args.max_bad * drawn, 20):
             raise UserError(
                 f'{self.unreadable} of the {drawn} samples drawn in this epoch are unreadable, more than '
                 f'--max-bad {self.args.max_bad:g} allows; {self.folder}/bad_samples.txt lists them'
             )
 
-    def count(self, step: int, batch: dict[str, data.Item], results: tuple) -> None:
-        """A step is done; `results` are those of `train_step`."""
+    def count(self, step: int, batches: list, results: list[tuple], grad_norm: Tensor) -> None:
+        """A step is done; `results` and `grad_norm` are those of `train_step`."""
         from_nothing = not (self.args.init or self.args.init_2d)
         if from_nothing and self.epoch * self.steps_per_epoch + step < 100:
-            average_evenly(self.network, self.statistics, self.epoch * self.steps_per_epoch + step)
+            average_evenly(
+                self.network, self.statistics, self.epoch * self.steps_per_epoch + step, len(batches)
+            )
             self.statistics = flatten(self.network)
-        self.log.add(step, [path for item in batch.values() for path in item.path], *results)
-        self.done = {s.name: self.done[s.name] + world_size() * s.per_gpu for s in self.sources}
+        files = [path for batch in batches for item in batch.values() for path in item.path]
+        self.log.add(step, files, results, grad_norm)
+        self.done = self.sampler.after_step(self.done)
 
     def check_losses(self) -> None:
         """Stop all ranks where a loss since the last log line is not finite."""
@@ -314,7 +332,7 @@ class Run:
             shown = '  '.join(f'{key} {value:.1%}' for key, value in result.items())
             show(f'epoch {self.epoch + 1}/{self.args.epochs} validation  {shown}')
         at_checkpoint = self.is_checkpoint_epoch()
-        self.epoch, self.done = self.epoch + 1, dict.fromkeys(self.done, 0)
+        self.epoch, self.done = self.epoch + 1, self.sampler.after_epoch(self.done)
         if at_checkpoint:
             names = [f'epoch_{self.epoch}.pth']
             top1 = result.get(f'{self.sources[0].name}_top1', -1)
@@ -413,12 +431,14 @@ def gather_statistics(network: nn.Module) -> Tensor:
     return torch.stack(rows)
 
 
-def average_evenly(network: nn.Module, before: Tensor, step: int) -> None:
-    """Make the running statistics the plain mean of those of steps 0 to `step`, given the ones before `step`.
+def average_evenly(network: nn.Module, before: Tensor, step: int, batches: int) -> None:
+    """Make the running statistics the plain mean of those of steps 0 to `step`, given the ones before `step`,
+    which has moved them by so many batches.
 
-    As the recipe has it, a step with momentum 0.01 moves them by a hundredth, so that a short run would be
-    evaluated with what is left of the initial 0 and 1. Once momentum * steps reaches 1, nothing changes.
+    As the recipe has it, a batch with momentum 0.01 moves them by a hundredth, so that a short run would be
+    evaluated with what is left of the initial 0 and 1. Once that is more than a mean would, nothing changes.
     """
     momentum = [torch.full((buffer.numel(),), value) for buffer, value in running_statistics(network)]
-    weight = (1 / (torch.cat(momentum) * (step + 1))).clamp(min=1).to(before.device)
+    moved = 1 - (1 - torch.cat(momentum)) ** batches
+    weight = (1 / (moved * (step + 1))).clamp(min=1).to(before.device)
     set_statistics(network, before.lerp(flatten(network), weight))

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 import data
-from runtime.distributed import show, world_size
+from runtime.distributed import show
 
 
 def open_sources(args: argparse.Namespace) -> list[data.Source]:
@@ -20,9 +20,8 @@ def open_sources(args: argparse.Namespace) -> list[data.Source]:
     if not args.video_only:
         sources.append(open_source(args, 'image', 'image_val', args.images_per_gpu))
     for source in sources:
-        if source.per_gpu is None:  # as many as give the same number of steps as the first source does
-            steps = max(len(sources[0].train) // (sources[0].per_gpu * world_size()), 1)
-            source.per_gpu = max(len(source.train) // (steps * world_size()), 2)
+        if source.per_gpu is None:
+            source.per_gpu = max(round(args.videos_per_gpu * 85 / 16), 2)
         if source.per_gpu == 1:
             raise ValueError(
                 f'--{source.name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics'
@@ -48,11 +47,11 @@ def open_source(args: argparse.Namespace, name: str, val: str, per_gpu: int | No
         held_out = open_list(args, val, labels, classes, name == 'video')
     if name == 'video':
         clip = {'size': args.size, 'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
-        train = data.VideoDataset(samples, 'train', seed=args.seed, **clip)
+        train = data.VideoDataset(samples, 'train', seed=args.seed, flip=not args.no_flip, **clip)
         held_out = held_out and data.VideoDataset(held_out, 'val', **clip)
     else:
         purpose = 'ImageDataset' if name == 'image' else name
-        train = data.ImageDataset(samples, 'train', args.size, args.seed, purpose)
+        train = data.ImageDataset(samples, 'train', args.size, args.seed, not args.no_flip, purpose)
         held_out = held_out and data.ImageDataset(held_out, 'val', args.size)
     return data.Source(name, labels, classes, train, held_out, per_gpu)
 

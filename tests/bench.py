@@ -22,7 +22,6 @@ import copy
 import faulthandler
 import gc
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -204,7 +203,7 @@ def loader(args: argparse.Namespace) -> None:
         sampler = data.JointSampler({'video': 300, 'image': 2000}, per_gpu, epochs=50)
         for workers in (1, 2):
             batches = iter(distributed.loader(joint, workers, batch_sampler=sampler, collate_fn=data.collate))
-            pids = [worker.pid for worker in multiprocessing.active_children()]
+            pids = [worker.pid for worker in batches._workers]
             for _ in range(3 * workers):  # until all run and their queues are full
                 next(batches)
             start, before = time.perf_counter(), [status(pid)[1] for pid in pids]
@@ -362,7 +361,7 @@ def step(args: argparse.Namespace) -> None:
         net = torch.compile(network, options=options) if compiled else network
         optimizer = torch.optim.SGD(network.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
-        return partial(train.train_step, net, optimizer, scaler, batch, device, precision)
+        return partial(train.train_step, net, optimizer, scaler, [batch], [0], device, precision)
 
     def kinds(precision: str, compiled: bool) -> Iterator[tuple[str, Callable]]:
         title = precision + ' (TF32)' * (on_gpu and precision == 'fp32') + ', compiled' * compiled
@@ -569,13 +568,12 @@ def write_originals(folder: Path) -> None:
         scene.save(folder / name, progressive=kind == 'progressive', lossless=kind == 'lossless', **options)
     pixels = np.array(scene.resize((96, 80)))
     for name in VIDEOS:
-        encoder = name.split('.')[0]
         options = {'g': '20', 'x265-params': 'log-level=none:pools=none:keyint=20'}
         # The same each time: bit-exact, without dates and random numbers; of whole macroblocks, for x264.
         with av.open(str(folder / name), 'w', options={'fflags': '+bitexact'}) as container:
-            stream = container.add_stream(encoder, 30, options=options)
+            stream = container.add_stream(name.split('.')[0], 30, options=options)
             stream.width, stream.height, stream.codec_context.thread_count = 96, 80, 1
-            stream.pix_fmt = 'yuvj420p' if encoder == 'mjpeg' else 'yuv420p'
+            stream.pix_fmt = 'yuvj420p' if 'mjpeg' in name else 'yuv420p'
             for t in range(80):
                 frame = av.VideoFrame.from_ndarray(np.roll(pixels, (t, 2 * t), (0, 1)), format='rgb24')
                 container.mux(stream.encode(frame.reformat(format=stream.pix_fmt, threads=1)))
@@ -607,10 +605,11 @@ def damaged(folder: Path, name: str, number: int, seed: int) -> bytes:
 def read_damaged(name: str, number: int, seed: int, folder: Path) -> None:
     """Read a damaged file as training and evaluation do; what came of it, and after how long, is raised."""
     resource.setrlimit(resource.RLIMIT_DATA, (FUZZ_BYTES, FUZZ_BYTES))
-    faulthandler.enable()  # says where, should the process die
-    faulthandler.register(signal.SIGALRM, chain=True)  # or hang
-    signal.alarm(FUZZ_SECONDS)
     start, path, result = time.monotonic(), folder / f'{number}_{name}', 'read'
+    trace = open(f'{path}.txt', 'w')  # tells where, should the process die or hang
+    faulthandler.enable(trace)
+    faulthandler.register(signal.SIGALRM, trace, chain=True)
+    signal.alarm(FUZZ_SECONDS)
     path.write_bytes(damaged(folder, name, number, seed))
     paths = [os.fsencode(path), *[os.fsencode(folder / name)] * 31]  # whole ones to take its place
     samples = data.Samples(np.array(paths), np.zeros(len(paths), int))
@@ -619,14 +618,14 @@ def read_damaged(name: str, number: int, seed: int, folder: Path) -> None:
             dataset = (data.VideoDataset if name in VIDEOS else data.ImageDataset)(samples, mode, 56)
             item = dataset[key]
             assert all(line.startswith(f'{path}: ') for line in item.bad), item.bad
-            if item.bad:
-                result = 'named as unreadable'
+            result = 'named as unreadable' if item.bad else result
             if mode == 'train' or not item.bad:
                 assert item.pixels.shape[-len(dataset.shape) :] == dataset.shape, item.pixels.shape
     except BaseException as error:
         result = f'raised {type(error).__name__}: {error}'
     signal.alarm(0)
     path.unlink()
+    Path(trace.name).unlink()
     raise ValueError(f'{time.monotonic() - start:.2f} {result}')
 
 
@@ -644,9 +643,10 @@ def fuzz(args: argparse.Namespace) -> None:
         end = time.monotonic() + args.seconds
         for (name, number, *_), text in prepare.in_parallel(read_damaged, jobs, 'reading damaged files'):
             seconds, _, result = text.partition(' ')
-            if 'was killed by' in text:
-                seconds, result = FUZZ_SECONDS, ('hung: ' if 'SIGALRM' in text else 'crashed: ') + text
-            kind = result.split()[0].rstrip(':')
+            if (trace := Path(folder, f'{number}_{name}.txt')).exists():  # its process has died
+                seconds, where = FUZZ_SECONDS, trace.read_text().split('\n\nExtension')[0]
+                result = ('crashed ' if where[:5] in ('', 'Fatal') else 'hung ') + where
+            kind = result.split()[0]
             counts[name][kind] += 1
             slowest[name] = max(slowest[name], float(seconds))
             if kind not in ('read', 'named'):

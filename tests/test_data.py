@@ -1,5 +1,6 @@
 """Pixels and samples follow the recipe, lists are read as people write them, joint batches cover the sets."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -273,36 +274,66 @@ def joint_sampler(**options):
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
-def test_joint_sampler_covers_the_sets_without_repeats(world_size):
+def test_an_epoch_sees_each_video_once_and_images_go_round(world_size):
     samplers = [
         joint_sampler(rank=rank, world_size=world_size, seed=1, epochs=2) for rank in range(world_size)
     ]
-    steps = min(50 // (4 * world_size), 90 // (7 * world_size))
+    steps = 50 // (4 * world_size)
     assert all(s.steps_per_epoch == steps and len(s) == 2 * steps for s in samplers)
     batches = [list(s) for s in samplers]
+    videos, images = [], []
+    for step in range(2 * steps):
+        for rank in range(world_size):
+            keys = batches[rank][step]
+            videos += [key for key in keys if key[0] == 'video']
+            images += [key for key in keys if key[0] == 'image']
+            assert len(keys) == 4 + 7
     for epoch in range(2):
-        for source, per_gpu in (('video', 4), ('image', 7)):
-            drawn = []
-            for rank in range(world_size):
-                for batch in batches[rank][epoch * steps : (epoch + 1) * steps]:
-                    keys = [key for key in batch if key[0] == source]
-                    assert len(keys) == per_gpu and all(key[1] == epoch for key in keys)
-                    drawn += [key[2] for key in keys]
-            assert len(set(drawn)) == len(drawn) == steps * per_gpu * world_size
-    assert [batch for batch in samplers[0]] == batches[0]
+        drawn = videos[epoch * len(videos) // 2 : (epoch + 1) * len(videos) // 2]
+        assert {key[1] for key in drawn} == {epoch} and len(set(drawn)) == len(
+            drawn
+        ) == steps * 4 * world_size
+    assert len(set(images)) == len(images) == 2 * steps * 7 * world_size  # as (pass, index)
+    for number in range(len(images) // 90):  # the next pass begins where one is complete, across epochs too
+        assert {key[2] for key in images[90 * number :][:90]} == set(range(90))
+        assert {key[1] for key in images[90 * number :][:90]} == {number}
+    assert list(samplers[0]) == batches[0]
     assert batches[0][0] != batches[0][steps]  # another order in the next epoch
 
 
-def test_joint_sampler_draws_every_sample_over_the_epochs():
-    drawn = {key[2] for batch in joint_sampler(epochs=12) for key in batch if key[0] == 'image'}
-    assert drawn == set(range(90))
+def test_batches_are_numbered_alike_on_processes_and_in_accumulation():
+    one = list(joint_sampler(world_size=1, accumulate=6))
+    for processes, accumulate in ((6, 1), (2, 3), (3, 2)):
+        own = [
+            list(joint_sampler(rank=rank, world_size=processes, accumulate=accumulate))
+            for rank in range(processes)
+        ]
+        for step in range(len(one) // 6):
+            drawn = [batch for rank in own for batch in rank[step * accumulate : (step + 1) * accumulate]]
+            assert drawn == one[step * 6 : (step + 1) * 6]
+
+
+def test_the_published_recipe_s_steps():
+    """1,878 steps of 16 videos and 85 images on each of 8 GPUs; no image twice in a pass over them."""
+    sampler = data.JointSampler(
+        {'video': 240_435, 'image': 1_281_167}, {'video': 16, 'image': 85}, rank=3, world_size=8
+    )
+    assert sampler.steps_per_epoch == 1878 and len(sampler) == 256 * 1878
+    images = [key for batch in itertools.islice(sampler, 1900) for key in batch if key[0] == 'image']
+    assert len(images) == len(set(images)) == 1900 * 85 and {number for _, number, _ in images} == {0, 1}
+
+
+def test_a_small_source_goes_round_within_a_step():
+    batch = next(iter(data.JointSampler({'video': 8, 'image': 3}, {'video': 4, 'image': 7})))
+    assert [key[1] for key in batch[4:]] == [0, 0, 0, 1, 1, 1, 2] and len(set(batch)) == 11
 
 
 def test_joint_sampler_goes_on_where_it_was():
     sampler = joint_sampler(epochs=3)
     everything = list(sampler)
-    sampler.epoch, sampler.done = 1, {'video': 5 * 4, 'image': 5 * 7}
-    assert list(sampler) == everything[sampler.steps_per_epoch + 5 :] and len(sampler) == len(list(sampler))
+    steps = sampler.steps_per_epoch + 5
+    sampler.epoch, sampler.done = 1, {'video': 5 * 4, 'image': steps * 7}
+    assert list(sampler) == everything[steps:] and len(sampler) == len(list(sampler))
 
 
 def test_joint_sampler_needs_one_full_step():

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,25 @@ def test_classify(demo, checkpoint, tmp_path):
     assert 'broken.mp4' in result.stderr and 'my clip.mp4 (video)' in result.stdout
 
 
+def test_timeline_says_what_is_seen_when(demo, checkpoint, tmp_path):
+    """Each line is the mean over the crops of one clip."""
+    video = write_video(tmp_path / 'long.mp4', num_frames=300)
+    output = run(['evaluate.py', '--ckpt', 'small.pth', '--timeline', '--clips', '4', video], demo).stdout
+    lines = output.split('(video)\n')[1].splitlines()
+    known = data.sample_frames(300, num_clips=4)[:, [0, -1]] / 30
+    names = sources.read_label_map(str(demo / 'data/demo/video_labels.txt'))
+    network = checkpoints.build(torch.load(checkpoint, weights_only=True), 'small.pth')
+    views = data.VideoDataset(None, 'test', 56, num_clips=4).load(
+        video, None
+    )  # three crops of the four clips
+    assert len(lines) == 4
+    for number, line in enumerate(lines):
+        scores = network(views[number::4]).softmax(1).mean(0)
+        start, end, rest = re.fullmatch(r' +([\d.]+) to +([\d.]+) s  (.*)', line).groups()
+        assert [float(start), float(end)] == pytest.approx(known[number], abs=0.06)
+        assert rest.split(', ')[0] == f'{names[int(scores.argmax())]} {scores.max():.1%}'
+
+
 @pytest.mark.parametrize('seconds', [0.3, 3])  # among the imports, at work
 def test_ctrl_c_shows_no_traceback(demo, checkpoint, seconds):
     line = [sys.executable, str(ROOT / 'evaluate.py'), '--ckpt', 'small.pth', '--clips', '1000']
@@ -220,11 +240,14 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --clips -3', 'clips'),
         ('--ckpt small.pth --show nowhere/wrong.png', 'nowhere/wrong.png'),
         ('--ckpt small.pth --show wrong.png a.mp4', '--show and --val-list measure a set'),
+        ('--ckpt small.pth --timeline', '--timeline needs a video'),
         ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known'),
     ],
 )
 def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
     (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
     assert message in fails(
-        evaluate.main, arguments, code=2 if '--clips' in arguments or 'a.mp4' in arguments else 1
+        evaluate.main,
+        arguments,
+        code=2 if any(f in arguments for f in ('--clips', 'a.mp4', 'timeline')) else 1,
     )

@@ -35,7 +35,7 @@ THIRD_SOURCE = {
 +    add('--place-val-root', is_root, default='data/places')
 +    add('--place-labels', 'the same for places')
 
-     add('--images-per-gpu', 'default: both sets take the same number of steps, 85', type=positive)
+     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=positive)
 +    add('--places-per-gpu', 'the same for places', type=positive)
 """,
 }
@@ -138,8 +138,8 @@ def test_a_third_source(fork, processes):
         (folder / f'place_{split}.txt').write_text(''.join(lines))
     names = (folder / 'data/demo/image_labels.txt').read_text().split()[::-1]
     (folder / 'place_labels.txt').write_text('\n'.join(names))
-    options = (  # each process takes 2 places a step, by itself
-        f'{SMALL} --epochs 2 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 '
+    options = (
+        f'{SMALL} --epochs 2 --videos-per-gpu 4 --images-per-gpu 5 --places-per-gpu 2 --log-interval 1 '
         '--place-list place_train.txt --place-root data/demo/images_train --place-labels place_labels.txt '
         '--place-val-list place_val.txt --place-val-root data/demo/images_val'
     )

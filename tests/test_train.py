@@ -3,14 +3,19 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, run
 
+import data
 import evaluate
 import train
+from model import BatchNorm, OmniSlowOnly
+from runtime import sources
 from runtime.distributed import join
 from runtime.log import Log
 
@@ -193,8 +198,6 @@ def test_two_processes(demo):
     ranks = [torch.load(demo / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
 
-    import data
-
     lists = [
         (demo / f'data/demo/{source}_train.txt').read_text().split('\n') for source in ('video', 'image')
     ]
@@ -273,7 +276,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --image-list nolabel.txt', 'nolabel.txt:1: no label'),
         ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range; 8 classes'),
         ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other of the first of gone.txt'),
-        ('--demo --videos-per-gpu 33', '32 training videos are too few .* 1 x 33; lower --videos-per-gpu'),
+        ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
         ('--demo --image-val-list typo.txt', 'typo.txt: no such file, expected there by --image-val-list'),
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
         ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
@@ -284,6 +287,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --init-2d other.pth', 'other.pth: conv1.weight is'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
         ('--demo --epochs 0', "'0' is not a whole number"),
+        ('--demo --accumulate 0', "'0' is not a whole number"),
         ('--demo --lr -1', '-1 is not above 0'),
         ('--demo --lr nan', 'nan is not above 0'),
         ('--demo --seed -1', '--seed must not be negative'),
@@ -302,7 +306,7 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    usage = any(flag in arguments for flag in ('epochs', 'lr', 'seed', '--size', 'only'))
+    usage = any(flag in arguments for flag in ('epochs', 'accumulate', 'lr', 'seed', '--size', 'only'))
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
 
@@ -351,6 +355,74 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
         for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
     )
     assert 'taken holds a run: --resume' in fails(train.main, f'{lists} --work-dir taken')
+
+
+def test_the_readme_s_recipes_do_what_they_say():
+    """Each piece of code, as it stands there, with what surrounds it where it is to be put."""
+    code = (ROOT / 'README.md').read_text().split('<!-- recipes -->\n```python\n')[1].split('```')[0]
+    weights, frozen, features, jitter = re.split(r'\n(?=# (?:a frozen|features|a colour))', code)
+    batch = {'video': None, 'image': None}
+    logits = {source: torch.randn(6, 3) for source in batch}
+    labels = {source: torch.tensor([0, 1, 2, 2, 1, 0]) for source in batch}
+    space = {'F': F, 'batch': batch, 'logits': logits, 'labels': labels}
+    space['class_weights'] = torch.tensor([1.0, 0.0, 0.0])
+    exec(weights, space)
+    first = F.cross_entropy(logits['video'][[0, 5]], labels['video'][[0, 5]])
+    torch.testing.assert_close(space['losses']['video'], first)
+    torch.testing.assert_close(space['losses']['image'], F.cross_entropy(logits['image'], labels['image']))
+
+    network = OmniSlowOnly(3, 3, (1, 1, 1, 1), 8)
+    exec(frozen, {'network': network, 'run': SimpleNamespace(network=network), 'BatchNorm': BatchNorm})
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
+    pixels = {'video': torch.rand(4, 3, 2, 32, 32) * 255, 'image': torch.rand(4, 3, 32, 32) * 255}
+    items = {s: data.Item(x, torch.tensor([0, 1, 2, 0]), [], []) for s, x in pixels.items()}
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    train.train_step(network, optimizer, scaler, [items], [0], torch.device('cpu'))
+    moved = {key.split('.')[0] for key, v in network.state_dict().items() if not torch.equal(v, before[key])}
+    assert moved == {'video_head', 'image_head'}
+
+    space = {'network': network, 'clips': pixels['video']}
+    exec(features, space)
+    assert space['features'].shape == (4, 32 * 8)
+    space = {'pixels': torch.full((3, 8, 8), 200, dtype=torch.uint8), 'rng': data.generator('test', 1)}
+    exec(jitter, {'torch': torch}, space)
+    assert space['pixels'].dtype == torch.uint8 and 120 <= space['pixels'].unique().item() <= 255
+
+
+def test_nothing_is_mirrored_where_told(demo):
+    run(f'train.py {SMALL} --epochs 1 --no-flip --no-validate --work-dir straight', demo)
+    samples = sources.read_list(f'{demo}/data/demo/image_train.txt', f'{demo}/data/demo/images_train')
+    either, straight = data.ImageDataset(samples, size=56), data.ImageDataset(samples, size=56, flip=False)
+    pairs = [(either[0, i].pixels, straight[0, i].pixels) for i in range(12)]
+    same = [torch.equal(a, b) for a, b in pairs]
+    assert any(same) and not all(same)  # the crops are alike, and some are mirrored
+    assert all(torch.equal(a, b if alike else b.flip(-1)) for (a, b), alike in zip(pairs, same))
+
+
+def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
+    """The line as it stands there, on class folders of the demo's files; it must not destroy its beginnings."""
+    folder = trained[0]
+    for source, name in (('video', 'my_videos'), ('image', 'my_images')):
+        for split, mine in (('train', name), ('val', f'{name}_val')):
+            for line in (folder / f'data/demo/{source}_{split}.txt').read_text().splitlines():
+                file, label = line.split()
+                target = folder / mine / label / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(folder / f'data/demo/{source}s_{split}' / file)
+    line = (ROOT / 'README.md').read_text().split('<!-- fine-tune -->\n```\n')[1].split('\n```')[0]
+    line = line.replace('\\\n', ' ').replace('python ', '').replace('work_dirs/omni', 'work_dirs/demo')
+    output = run(f'{line} --layers 1 1 1 1 --width 8 --size 56 --workers 1 --log-interval 1', folder).stdout
+    assert 'with a new head for images and videos' in output and 'times the recipe' not in output
+    records = [json.loads(line) for line in (folder / 'work_dirs/mine/log.jsonl').read_text().splitlines()]
+    losses = [record['loss'] for record in records if 'step' in record]
+    assert len(losses) == 20 * 2 and max(losses) < 1.3 * losses[0] and losses[-1] < losses[0]
+    hasty = (
+        line.replace('0.00125', '0.1').replace('work_dirs/mine', 'hasty').replace('--epochs 20', '--epochs 3')
+    )
+    output = run(f'{hasty} --layers 1 1 1 1 --width 8 --size 56 --workers 1', folder).stdout
+    assert "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr" in output
+    assert 'an epoch sees each video once and each image 4.2 times' in output
 
 
 def test_the_readme_s_comparison_follows_from_its_runs():
