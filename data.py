@@ -167,8 +167,10 @@ class ImageDataset(Dataset):
                 scale = self.size / min(box[2:])
                 image.draft('RGB', [math.ceil(side * scale) for side in image.size])
                 ImageOps.exif_transpose(image, in_place=True)  # which spares a copy
-                top, left, h, w = (round(number * image.height / height) for number in box)
-                pixels = to_tensor(image.crop((left, top, left + w, top + h)))
+                y, x = image.height / height, image.width / width
+                top, left, h, w = box
+                box = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
+                pixels = to_tensor(image.crop(box))
                 pixels = resize(pixels, self.size, self.size)
                 return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
             pixels = to_tensor(ImageOps.exif_transpose(image))
@@ -178,7 +180,7 @@ class ImageDataset(Dataset):
 
 @contextmanager
 def quietly():
-    """Odd metadata and large pictures are read all the same, without Pillow's warnings."""
+    """Odd metadata, and pictures of up to 180 megapixels, are read without Pillow's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield

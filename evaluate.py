@@ -295,7 +295,11 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     prefix, *published = (
         ('image_val', IMAGE_VAL_LIST, IMAGE_VAL_ROOT) if args.images else ('val', VAL_LIST, VAL_ROOT)
     )
-    val_list = args.val_list or trained.get(f'{prefix}_list') or published[0]
+    val_list = args.val_list or trained.get(f'{prefix}_list', published[0])
+    if val_list is None:
+        raise ValueError(
+            f'{args.ckpt}: no {kind}s were validated in training; name a list with --val-list and --val-root'
+        )
     val_root = trained.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
     if not os.path.exists(val_list):
         raise FileNotFoundError(

@@ -17,10 +17,12 @@ import argparse
 import contextlib
 import errno
 import glob
+import itertools
 import multiprocessing
 import os
 import sys
 import textwrap
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -370,20 +372,32 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
 
 def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
     """(job, what `attempt` gave) for each job; None for those that were not done when a process died."""
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), end_with_parent)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
-    futures = [(job, pool.submit(attempt, function, job)) for job in jobs]
+    futures = []
+    with contextlib.suppress(BrokenExecutor):  # one can die before all jobs are handed in
+        futures += (pool.submit(attempt, function, job) for job in jobs)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        for job, future in futures:
+        for job, future in itertools.zip_longest(jobs, futures):
             try:
-                yield job, future.result()
+                yield job, future and future.result()
             except BrokenExecutor:
                 yield job, None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():  # at once, whether idle or in the middle of a file
             process.kill()
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, however that ends."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def attempt(function: Callable, job: tuple) -> str:
@@ -458,7 +472,6 @@ def report(source: str, count: int, bad: list[str], out: str) -> None:
         print('\n'.join(bad[:10]) + '\n...' * (len(bad) > 10))
         Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
         sys.exit(1)
-    Path(out).unlink(missing_ok=True)  # of an earlier time
 
 
 def show_lists(args: argparse.Namespace) -> None:

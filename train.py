@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
             run.average_statistics()
             run.end_epoch(validate(run) if validating else {})
         run.close()
-        if args.demo:
+        if args.demo and not args.no_validate:
             test(run)
     return run.network
 

@@ -24,13 +24,13 @@ OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is whole or not there, whenever the process
     dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
-    temporary = folder / 'latest.pth.tmp'
+    temporary, state = folder / 'latest.pth.tmp', to_cpu(state)
     try:
         for left in folder.glob('*.pth.tmp'):
             if OURS.fullmatch(left.stem):
                 left.unlink()  # never written to: after a kill it can be the same file as a checkpoint
         with open(temporary, 'wb') as file:
-            torch.save(to_cpu(state), file)
+            torch.save(state, file)
             sync(file)
         for name in names[:-1]:
             beside = folder / f'{name}.tmp'
@@ -46,6 +46,8 @@ def write(state: dict, folder: Path, *names: str) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
+            raise
         reason = getattr(error, 'strerror', None) or 'writing failed'
         try:
             temporary.unlink(missing_ok=True)

@@ -64,9 +64,14 @@ class Run:
             self.network = self._new_network(saved, path)
             if saved is not None:
                 compare_data(saved, self.sources, path)
-        place = saved and (saved['epoch'], saved['done'])
-        if gather(place) != [place] * world_size():
-            raise UserError(f'the processes found different checkpoints: all nodes must share {self.folder}')
+        lists = [set and set.samples.fingerprint() for s in self.sources for set in (s.train, s.val)]
+        found = saved and (saved['epoch'], saved['done']), lists
+        if gather(found) != [found] * world_size():
+            raise UserError(
+                f'the processes found different checkpoints or lists; all nodes must share {self.folder} and '
+                'the lists'
+            )
+        self.from_nothing = not (args.init or args.init_2d)
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.epoch, self.done, self.best = 0, dict(self.sampler.done), -1.0
         self._make_optimizer()
@@ -147,7 +152,7 @@ class Run:
         """Take up a checkpoint's state; say what has changed since."""
         self.epoch = saved['epoch']
         self.done = {source: saved['done'].get(source, 0) for source in self.done}
-        self.sampler.epoch, self.sampler.done, self.best = self.epoch, self.done, saved['best']
+        self.best, self.from_nothing = saved['best'], saved.get('from_nothing', True)
         self.optimizer.load_state_dict(saved['optimizer'])
         for group in self.optimizer.param_groups:  # which come with the checkpoint's settings
             group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay)
@@ -164,7 +169,7 @@ class Run:
         harmless = ('work_dir', 'resume', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(self.args).items():
             was = saved['settings'].get(key, value)
-            if was != value and key not in harmless:
+            if was != value is not None and key not in harmless:
                 show(f'changed since the checkpoint: {key} {was} -> {value}')
 
     def _say_what_comes(self, why: str) -> None:
@@ -278,8 +283,7 @@ class Run:
 
     def count(self, step: int, batches: list, results: list[tuple], grad_norm: Tensor) -> None:
         """A step is done; `results` and `grad_norm` are those of `train_step`."""
-        from_nothing = not (self.args.init or self.args.init_2d)
-        if from_nothing and self.epoch * self.steps_per_epoch + step < 100:
+        if self.from_nothing and self.epoch * self.steps_per_epoch + step < 100:
             average_evenly(
                 self.network, self.statistics, self.epoch * self.steps_per_epoch + step, len(batches)
             )
@@ -361,6 +365,7 @@ class Run:
                     'epoch': self.epoch,
                     'done': self.done,
                     'best': self.best,
+                    'from_nothing': self.from_nothing,
                     'settings': vars(self.args),
                     **{f'{source.name}_labels': source.labels for source in self.sources},
                     'lists': {source.name: source.train.samples.fingerprint() for source in self.sources},

@@ -110,7 +110,10 @@ def compare_data(saved: dict, sources: list[data.Source], path: str) -> None:
         paths, labels = source.train.samples.fingerprint()
         old_paths, old_labels = saved.get('lists', {}).get(name, (paths, labels))
         if paths == old_paths and labels != old_labels:
-            raise ValueError(f'{path}: the same {name}s have other labels now than when it was saved')
+            raise ValueError(
+                f'{path}: the same {name}s have other labels now than when it was saved; --init starts a new '
+                'run from its weights'
+            )
         if paths != old_paths:
             show(f'changed since the checkpoint: the list of training {name}s')
 

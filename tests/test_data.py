@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import torch
@@ -205,6 +206,17 @@ def test_unusual_videos_are_read_right(tmp_path):
             assert videos.load(str(path), data.generator('test')).shape == shape, name
         with data.VideoReader(path) as video:
             np.testing.assert_array_equal(video.get_batch(range(len(video))), decode_all(path), name)
+
+
+@pytest.mark.parametrize('turn', [1, 6])
+def test_a_crop_of_a_photo_decoded_smaller_stays_within_it(tmp_path, turn):
+    """libjpeg rounds a half of the sides up; what lies outside would be black."""
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = turn
+    PIL.Image.new('RGB', (1601, 1201), 'white').save(tmp_path / 'a.jpg', exif=exif)
+    images = data.ImageDataset(None, size=112)
+    for number in range(150):
+        assert images.load(str(tmp_path / 'a.jpg'), data.generator('test', number)).min() > 250
 
 
 def test_a_thread_of_an_image_does_not_fill_the_memory(tmp_path):

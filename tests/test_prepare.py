@@ -96,7 +96,6 @@ def test_check_takes_class_folders_and_reads_as_training_does(folder, capsys):
     os.remove('in/images/broken_data_stream.png')
     os.remove('in/videos/h265_bframes_10.mp4')
     prepare.main(['check', 'in'])
-    assert not Path('bad_samples.txt').exists()  # the old list no longer holds
 
 
 def kill_or_read(name):
@@ -319,6 +318,15 @@ def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys
 def test_show_without_anything_to_show(folder, capsys):
     ends_with(1, 'show a.png')
     assert capsys.readouterr().err.startswith('prepare.py: nothing to show: name --video-list')
+
+
+def test_a_process_that_dies_early_does_not_lose_the_others():
+    """Before all of a long list is handed in."""
+    jobs = [('bad',), *((str(number),) for number in range(300_000))]
+    seen = prepare.in_parallel(kill_or_read, jobs, 'reading')
+    assert next(job for job, reason in seen if reason.startswith('its process died')) == ('bad',)
+    assert next(seen)[1] == ''
+    seen.close()
 
 
 def test_titles_are_whole_and_legible(tmp_path):

@@ -401,7 +401,7 @@ def test_nothing_is_mirrored_where_told(demo):
 
 
 def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
-    """The line as it stands there, on class folders of the demo's files; it must not destroy its beginnings."""
+    """The line as it stands there, on class folders of the demo's files."""
     folder = trained[0]
     for source, name in (('video', 'my_videos'), ('image', 'my_images')):
         for split, mine in (('train', name), ('val', f'{name}_val')):
