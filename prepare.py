@@ -380,10 +380,8 @@ def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[t
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         for job, future in itertools.zip_longest(jobs, futures):
-            try:
-                yield job, future and future.result()
-            except BrokenExecutor:
-                yield job, None
+            lost = future is None or isinstance(future.exception(), BrokenExecutor)
+            yield job, None if lost else future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():  # at once, whether idle or in the middle of a file
