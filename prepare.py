@@ -15,17 +15,12 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import errno
 import glob
-import itertools
-import multiprocessing
 import os
 import sys
 import textwrap
-import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import av
@@ -36,10 +31,10 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from runtime import sources
+from runtime.parallel import in_parallel
 from video import VideoReader, upright
 
 # check: what neither training nor evaluation may stumble over ---------------------------------------------
@@ -339,75 +334,6 @@ def _pattern(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     if name == 'dots':
         return (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2
     return (y + abs(x % 1 - 0.5)) % 1 < 0.5  # zigzag
-
-
-# All cores at once ----------------------------------------------------------------------------------------
-
-
-def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
-    """Yield (job, reason) for each job, in order, done on all cores, with a progress bar.
-
-    `reason` is '' or, in a line, what function(*job) raised. A job that kills its process breaks the pool; it
-    is among the first that are left then, which are tried again alone. Raises OSError on a full disk.
-    """
-    cores = os.cpu_count() or 1
-    with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
-        while jobs:
-            left = []
-            for job, result in results(function, jobs, cores):
-                if result is None:
-                    left.append(job)
-                    continue
-                bar.update()
-                yield job, result
-            for job in left[:cores]:
-                [(_, result)] = results(function, [job], 1)
-                bar.update()
-                yield (
-                    job,
-                    'its process died: a crash of the decoder, or no memory' if result is None else result,
-                )
-            jobs = left[cores:]
-
-
-def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
-    """(job, what `attempt` gave) for each job; None for those that were not done when a process died."""
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), end_with_parent)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
-    futures = []
-    with contextlib.suppress(BrokenExecutor):  # one can die before all jobs are handed in
-        futures += (pool.submit(attempt, function, job) for job in jobs)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        for job, future in itertools.zip_longest(jobs, futures):
-            lost = future is None or isinstance(future.exception(), BrokenExecutor)
-            yield job, None if lost else future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():  # at once, whether idle or in the middle of a file
-            process.kill()
-
-
-def end_with_parent() -> None:
-    """Have this process end when the one that started it does, however that ends."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def attempt(function: Callable, job: tuple) -> str:
-    """Do a job; gives '' or why it failed, in a line. Only a full disk, which ends all, is raised."""
-    torch.set_num_threads(1)
-    try:
-        function(*job)
-    except Exception as error:  # damaged files make decoders raise anything
-        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise OSError(f'{error}; the files that are finished stay') from None
-        return data.one_line(error)
-    return ''
 
 
 # The command ----------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ Each step takes a batch of videos and a batch of images through the same weights
 cross-entropies, and does one backward pass and one SGD step. The defaults are MMAction2's published recipe
 (slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb: 77.30 top-1). Without a GPU it runs on the CPU.
 
-Begin with `train_step`, then `train_epoch` and `main`. What keeps a run alive is in runtime/.
+Begin with `train_step`, `train_epoch` and `main`; settings stand before them. What keeps a run alive is in
+runtime/.
 """
 
 import signal
@@ -28,6 +29,104 @@ import data
 import evaluate
 from runtime.distributed import autocast, processes, rank, show, sums_gradients, world_size
 from runtime.run import Run
+
+# Settings: each stands here once, with its default and its reason -----------------------------------------
+
+# What the demo sets otherwise: a network and a picture size for a CPU, and its own data. Of the recipe only
+# the clipping differs: it holds back the image loss, whose gradients are 20 times the videos' in the first
+# steps.
+DEMO = {
+    'work_dir': 'work_dirs/demo',
+    'layers': (1, 1, 1, 1),
+    'width': 16,
+    'size': 56,
+    'epochs': 16,
+    'images_per_gpu': 24,
+    'lr': 0.05,
+    'clip_norm': 1.0,
+    'video_list': 'data/demo/video_train.txt',
+    'video_root': 'data/demo/videos_train',
+    'video_labels': 'data/demo/video_labels.txt',
+    'image_list': 'data/demo/image_train.txt',
+    'image_root': 'data/demo/images_train',
+    'image_labels': 'data/demo/image_labels.txt',
+    'val_list': 'data/demo/video_val.txt',
+    'val_root': 'data/demo/videos_val',
+    'image_val_list': 'data/demo/image_val.txt',
+    'image_val_root': 'data/demo/images_val',
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0],
+        epilog=__doc__.split('\n\n', 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(flag: str, reason: str, **options) -> None:
+        shown = ' (default: %(default)s)' if 'default' in options else ''
+        group.add_argument(flag, help=reason + shown, **options)
+
+    positive = data.positive
+    group = parser.add_argument_group('data')
+    add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
+    kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
+    is_list = 'lines of "path label", or a folder of class folders'
+    is_root = 'folder that its paths are below'
+    add('--video-list', is_list, default=f'{kinetics}/kinetics400_train_list_videos.txt')
+    add('--video-root', is_root, default=f'{kinetics}/videos_train')
+    add('--image-list', is_list, default=f'{imagenet}/meta/train.txt')
+    add('--image-root', is_root, default=f'{imagenet}/train')
+    add('--val-list', 'the same, or lines of "id num_frames label"', default=evaluate.VAL_LIST)
+    add('--val-root', is_root, default=evaluate.VAL_ROOT)
+    add('--image-val-list', 'images are validated where it exists', default=evaluate.IMAGE_VAL_LIST)
+    add('--image-val-root', is_root, default=evaluate.IMAGE_VAL_ROOT)
+    add('--video-labels', 'class names, one a line; default: as the folders or labels in the list have it')
+    add('--image-labels', 'the same for images')
+
+    group = parser.add_argument_group('network')
+    add('--layers', 'blocks per stage; these are ResNet-50', type=positive, nargs=4, default=(3, 4, 6, 3))
+    add('--width', 'channels of the stem', type=positive, default=64)
+    add('--clip-len', 'frames of a clip', type=positive, default=8)
+    add('--frame-interval', 'from one to the next: 8 x 8 spans 2 seconds', type=positive, default=8)
+    add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=positive, default=224)
+
+    group = parser.add_argument_group('recipe')
+    add('--epochs', 'long, as everything is learned from scratch', type=positive, default=256)
+    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=int)
+    add('--videos-per-gpu', 'video batch of each process', type=positive, default=16)
+    add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=positive)
+    add('--accumulate', 'batches a step: 8 on one GPU compute what 8 GPUs do', type=positive, default=1)
+    add('--lr', 'peak learning rate, for 128 videos a step', type=positive_float, default=0.1)
+    add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
+    add('--momentum', 'of SGD', type=float, default=0.9)
+    add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=float, default=1e-4)
+    add('--clip-norm', 'bounds the norm of all gradients together', type=positive_float, default=40)
+    add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
+    add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
+    add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
+    add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
+    add('--init', 'start from a checkpoint of this network; heads may have other classes', metavar='CKPT')
+
+    group = parser.add_argument_group('run')
+    add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
+    add('--resume', 'go on from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
+    add('--seed', 'determines the whole run', type=int, default=0)
+    add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
+    add('--precision', 'default: bf16 on a GPU that has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
+    add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
+    add('--workers', 'loader processes; default: its share of the cores, at most 12', type=int)
+    add('--no-validate', 'do not measure on the validation lists', action='store_true')
+    add('--val-interval', 'epochs from one validation and checkpoint to the next', type=positive, default=4)
+    add('--save-minutes', 'time from one checkpoint to the next', type=positive_float, default=10)
+    add('--log-interval', 'steps per log line', type=positive, default=20)
+    add('--max-bad', 'share of unreadable samples that ends the run', type=positive_float, default=0.01)
+
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)
+    return check(parser, argv)
+
 
 # The method -----------------------------------------------------------------------------------------------
 
@@ -156,101 +255,8 @@ def test(run: Run) -> None:
     show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
 
 
-# Settings: each stands here once, with its default and its reason -----------------------------------------
-
-# What the demo sets otherwise: a network and a picture size for a CPU, and its own data. Of the recipe only
-# the clipping differs: it holds back the image loss, whose gradients are 20 times the videos' in the first
-# steps.
-DEMO = {
-    'work_dir': 'work_dirs/demo',
-    'layers': (1, 1, 1, 1),
-    'width': 16,
-    'size': 56,
-    'epochs': 16,
-    'images_per_gpu': 24,
-    'lr': 0.05,
-    'clip_norm': 1.0,
-    'video_list': 'data/demo/video_train.txt',
-    'video_root': 'data/demo/videos_train',
-    'video_labels': 'data/demo/video_labels.txt',
-    'image_list': 'data/demo/image_train.txt',
-    'image_root': 'data/demo/images_train',
-    'image_labels': 'data/demo/image_labels.txt',
-    'val_list': 'data/demo/video_val.txt',
-    'val_root': 'data/demo/videos_val',
-    'image_val_list': 'data/demo/image_val.txt',
-    'image_val_root': 'data/demo/images_val',
-}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n')[0],
-        epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def add(flag: str, reason: str, **options) -> None:
-        shown = ' (default: %(default)s)' if 'default' in options else ''
-        group.add_argument(flag, help=reason + shown, **options)
-
-    positive = data.positive
-    group = parser.add_argument_group('data')
-    add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
-    kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
-    is_list = 'lines of "path label", or a folder of class folders'
-    is_root = 'folder that its paths are below'
-    add('--video-list', is_list, default=f'{kinetics}/kinetics400_train_list_videos.txt')
-    add('--video-root', is_root, default=f'{kinetics}/videos_train')
-    add('--image-list', is_list, default=f'{imagenet}/meta/train.txt')
-    add('--image-root', is_root, default=f'{imagenet}/train')
-    add('--val-list', 'the same, or lines of "id num_frames label"', default=evaluate.VAL_LIST)
-    add('--val-root', is_root, default=evaluate.VAL_ROOT)
-    add('--image-val-list', 'images are validated where it exists', default=evaluate.IMAGE_VAL_LIST)
-    add('--image-val-root', is_root, default=evaluate.IMAGE_VAL_ROOT)
-    add('--video-labels', 'class names, one a line; default: as the folders or labels in the list have it')
-    add('--image-labels', 'the same for images')
-
-    group = parser.add_argument_group('network')
-    add('--layers', 'blocks per stage; these are ResNet-50', type=positive, nargs=4, default=(3, 4, 6, 3))
-    add('--width', 'channels of the stem', type=positive, default=64)
-    add('--clip-len', 'frames of a clip', type=positive, default=8)
-    add('--frame-interval', 'from one to the next: 8 x 8 spans 2 seconds', type=positive, default=8)
-    add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=positive, default=224)
-
-    group = parser.add_argument_group('recipe')
-    add('--epochs', 'long, as everything is learned from scratch', type=positive, default=256)
-    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=int)
-    add('--videos-per-gpu', 'video batch of each process', type=positive, default=16)
-    add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=positive)
-    add('--accumulate', 'batches a step: 8 on one GPU compute what 8 GPUs do', type=positive, default=1)
-    add('--lr', 'peak learning rate, for 128 videos a step', type=positive_float, default=0.1)
-    add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
-    add('--momentum', 'of SGD', type=float, default=0.9)
-    add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=float, default=1e-4)
-    add('--clip-norm', 'bounds the norm of all gradients together', type=positive_float, default=40)
-    add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
-    add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
-    add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
-    add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
-    add('--init', 'start from a checkpoint of this network; heads may have other classes', metavar='CKPT')
-
-    group = parser.add_argument_group('run')
-    add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
-    add('--resume', 'go on from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
-    add('--seed', 'determines the whole run', type=int, default=0)
-    add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
-    add('--precision', 'default: bf16 on a GPU that has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
-    add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
-    add('--workers', 'loader processes; default: its share of the cores, at most 12', type=int)
-    add('--no-validate', 'do not measure on the validation lists', action='store_true')
-    add('--val-interval', 'epochs from one validation and checkpoint to the next', type=positive, default=4)
-    add('--save-minutes', 'time from one checkpoint to the next', type=positive_float, default=10)
-    add('--log-interval', 'steps per log line', type=positive, default=20)
-    add('--max-bad', 'share of unreadable samples that ends the run', type=positive_float, default=0.01)
-
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**DEMO)
+def check(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The settings of a command line, where they go together; what depends on others filled in."""
     args = parser.parse_args(argv)
     for name in ('seed', 'warmup_epochs', 'workers', 'momentum', 'weight_decay'):
         if (getattr(args, name) or 0) < 0:

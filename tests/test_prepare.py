@@ -358,7 +358,12 @@ def test_letters_are_letters_or_their_numbers_but_no_boxes():
 
 def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     folder = demo / 'data/demo'
-    assert len(list(folder.glob('*/*.mp4'))) == 8 * 6 and len(list(folder.glob('*/*.jpg'))) == 4 * 13
+    for source, count in (('video', 8 * 6), ('image', 4 * 13)):
+        lists = {
+            split: (folder / f'{source}_{split}.txt').read_text().splitlines() for split in ('train', 'val')
+        }
+        files = [folder / f'{source}s_{split}' / line.split()[0] for split in lists for line in lists[split]]
+        assert len(files) == count and all(path.stat().st_size > 500 for path in files)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
     prepare.main(['demo', str(folder)])
     assert 'reusing' in capsys.readouterr().out

@@ -359,7 +359,7 @@ def test_a_validation_that_does_not_end_loses_nothing(undisturbed, demo, dies):
     line = dies('evaluate.score_views', 1, 'invalid').replace('--no-validate', '')
     run(line, demo, expect=-signal.SIGKILL)
     saved = torch.load(demo / 'invalid/latest.pth', weights_only=True)
-    assert (saved['epoch'], saved['done']) == (1, {'video': 32, 'image': 40})
+    assert (saved['epoch'], saved['done']) == (1, {'video': 32, 'image': 80})
     run(f'train.py {OPTIONS} --workers 1 --work-dir invalid --resume'.replace('--no-validate', ''), demo)
     assert same(final(demo / 'invalid'), undisturbed(1))
     records = [json.loads(line) for line in (demo / 'invalid/log.jsonl').read_text().splitlines()]

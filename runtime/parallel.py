@@ -1,0 +1,82 @@
+"""Many files on all cores, where any of them can kill the process that reads it."""
+
+import contextlib
+import errno
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from data import one_line
+
+
+def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
+    """Yield (job, reason) for each job, in order, done on all cores, with a progress bar.
+
+    `reason` is '' or, in a line, what function(*job) raised. A job that kills its process breaks the pool; it
+    is among the first that are left then, which are tried again alone. Raises OSError on a full disk.
+    """
+    cores = os.cpu_count() or 1
+    with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
+        while jobs:
+            left = []
+            for job, result in results(function, jobs, cores):
+                if result is None:
+                    left.append(job)
+                    continue
+                bar.update()
+                yield job, result
+            for job in left[:cores]:
+                [(_, result)] = results(function, [job], 1)
+                bar.update()
+                yield (
+                    job,
+                    'its process died: a crash of the decoder, or no memory' if result is None else result,
+                )
+            jobs = left[cores:]
+
+
+def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
+    """(job, what `attempt` gave) for each job; None for those that were not done when a process died."""
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), end_with_parent)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+    futures = []
+    with contextlib.suppress(BrokenExecutor):  # one can die before all jobs are handed in
+        futures += (pool.submit(attempt, function, job) for job in jobs)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        for job, future in itertools.zip_longest(jobs, futures):
+            lost = future is None or isinstance(future.exception(), BrokenExecutor)
+            yield job, None if lost else future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():  # at once, whether idle or in the middle of a file
+            process.kill()
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, however that ends."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def attempt(function: Callable, job: tuple) -> str:
+    """Do a job; gives '' or why it failed, in a line. Only a full disk, which ends all, is raised."""
+    torch.set_num_threads(1)
+    try:
+        function(*job)
+    except Exception as error:  # damaged files make decoders raise anything
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise OSError(f'{error}; the files that are finished stay') from None
+        return one_line(error)
+    return ''
