@@ -1,8 +1,6 @@
 """Many files on all cores, where any of them can kill the process that reads it."""
 
-import contextlib
 import errno
-import itertools
 import multiprocessing
 import os
 import signal
@@ -44,15 +42,17 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
 
 def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
     """(job, what `attempt` gave) for each job; None for those that were not done when a process died."""
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), end_with_parent)
+    context = multiprocessing.get_context('spawn')
+    # Nothing begins before all is handed in: a job handed in while a process dies can be lost for good.
+    all_in = context.Event()
+    pool = ProcessPoolExecutor(processes, context, begin, (all_in,))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
-    futures = []
-    with contextlib.suppress(BrokenExecutor):  # one can die before all jobs are handed in
-        futures += (pool.submit(attempt, function, job) for job in jobs)
+    futures = [(job, pool.submit(attempt, function, job)) for job in jobs]
+    all_in.set()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        for job, future in itertools.zip_longest(jobs, futures):
-            lost = future is None or isinstance(future.exception(), BrokenExecutor)
+        for job, future in futures:
+            lost = isinstance(future.exception(), BrokenExecutor)
             yield job, None if lost else future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -60,14 +60,15 @@ def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[t
             process.kill()
 
 
-def end_with_parent() -> None:
-    """Have this process end when the one that started it does, however that ends."""
+def begin(all_in) -> None:
+    """Wait for the jobs, and end when the process that started this one does, however that ends."""
 
-    def wait() -> None:
+    def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    all_in.wait()
 
 
 def attempt(function: Callable, job: tuple) -> str:

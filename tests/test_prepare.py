@@ -322,7 +322,7 @@ def test_show_without_anything_to_show(folder, capsys):
 
 def test_a_process_that_dies_early_does_not_lose_the_others():
     """Before all of a long list is handed in."""
-    jobs = [('bad',), *((str(number),) for number in range(100_000))]
+    jobs = [('bad',), *((str(number),) for number in range(20_000))]
     seen = prepare.in_parallel(kill_or_read, jobs, 'reading')
     assert next(job for job, reason in seen if reason.startswith('its process died')) == ('bad',)
     assert next(seen)[1] == ''
