@@ -390,6 +390,41 @@ def test_the_readme_s_recipes_do_what_they_say():
     assert space['pixels'].dtype == torch.uint8 and 120 <= space['pixels'].unique().item() <= 255
 
 
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_statistics_of_the_first_steps_are_averaged_evenly(demo, accumulate):
+    """Those of the first layer by hand, over a run whose weights stand still."""
+    options = f'--epochs 1 --lr 1e-30 --videos-per-gpu 4 --images-per-gpu 5 --accumulate {accumulate}'
+    folder = f'even{accumulate}'
+    run(f'train.py --demo --width 8 --workers 1 {options} --no-validate --work-dir {folder}', demo)
+    saved = torch.load(demo / f'{folder}/latest.pth', weights_only=True)['model']
+    torch.manual_seed(0)
+    network = OmniSlowOnly(8, 4, (1, 1, 1, 1), 8)
+    root = f'{demo}/data/demo'
+    videos = sources.read_list(f'{root}/video_train.txt', f'{root}/videos_train', videos=True)
+    images = sources.read_list(f'{root}/image_train.txt', f'{root}/images_train')
+    joint = data.JointDataset(
+        {'video': data.VideoDataset(videos, size=56), 'image': data.ImageDataset(images, size=56)}
+    )
+    sampler = data.JointSampler(
+        {'video': 32, 'image': 40}, {'video': 4, 'image': 5}, epochs=1, accumulate=accumulate
+    )
+    means, variances = {'video': [], 'image': []}, {'video': [], 'image': []}
+    for keys in sampler:
+        for source, item in data.collate([joint[key] for key in keys]).items():
+            x = item.pixels.float()
+            x = x.transpose(1, 2).flatten(0, 1) if source == 'video' else x
+            with torch.no_grad():
+                x = network.conv1((x - network.mean) / network.std)
+            means[source].append(x.mean((0, 2, 3)))
+            variances[source].append(x.transpose(0, 1).flatten(1).var(1))
+    assert len(means['video']) == 8
+    for source, prefix in (('video', ''), ('image', 'image_')):
+        for name, values in (('mean', means), ('var', variances)):
+            expected = torch.stack(values[source]).mean(0)
+            ours = saved[f'bn1.{prefix}running_{name}']
+            torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.005)
+
+
 def test_nothing_is_mirrored_where_told(demo):
     run(f'train.py {SMALL} --epochs 1 --no-flip --no-validate --work-dir straight', demo)
     samples = sources.read_list(f'{demo}/data/demo/image_train.txt', f'{demo}/data/demo/images_train')
