@@ -15,6 +15,7 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,7 @@ class Samples:
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
+    @cached_property
     def fingerprint(self) -> list[str]:
         """A digest of the names, and one of their labels."""
         return [hashlib.sha256(array.tobytes()).hexdigest() for array in (self.paths, self.labels)]

@@ -31,7 +31,8 @@ class Run:
     """What learns (`network`, and `net`, the same behind DDP and torch.compile), what it learns from
     (`sources`), how (`optimizer`, `scaler`), and how far it is.
 
-    epoch: counted from 0. done: {source: samples of this epoch that all ranks together have drawn}.
+    epoch: counted from 0. done: {source: samples that all ranks together have drawn}, of the first source in
+    this epoch, of the others since the run began, as `data.JointSampler` has it.
     All public methods are called on all ranks alike.
     """
 
@@ -64,7 +65,7 @@ class Run:
             self.network = self._new_network(saved, path)
             if saved is not None:
                 compare_data(saved, self.sources, path)
-        lists = [set and set.samples.fingerprint() for s in self.sources for set in (s.train, s.val)]
+        lists = [set and set.samples.fingerprint for s in self.sources for set in (s.train, s.val)]
         found = saved and (saved['epoch'], saved['done']), lists
         if gather(found) != [found] * world_size():
             raise UserError(
@@ -368,7 +369,7 @@ class Run:
                     'from_nothing': self.from_nothing,
                     'settings': vars(self.args),
                     **{f'{source.name}_labels': source.labels for source in self.sources},
-                    'lists': {source.name: source.train.samples.fingerprint() for source in self.sources},
+                    'lists': {source.name: source.train.samples.fingerprint for source in self.sources},
                 }
                 checkpoint.write(state, self.folder, *names)
         self.last_save = time.monotonic()

@@ -107,7 +107,7 @@ def compare_data(saved: dict, sources: list[data.Source], path: str) -> None:
                 f'{path}: {name} label {label} was {was!r} there and is {new!r} now; --init starts a new '
                 'run from its weights'
             )
-        paths, labels = source.train.samples.fingerprint()
+        paths, labels = source.train.samples.fingerprint
         old_paths, old_labels = saved.get('lists', {}).get(name, (paths, labels))
         if paths == old_paths and labels != old_labels:
             raise ValueError(
