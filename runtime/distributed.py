@@ -4,6 +4,7 @@ Begin with `processes`, which every command's main opens. Without torchrun there
 sent then, and `gather` and `add_up` give back what they got.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -59,14 +60,17 @@ def processes(program: str):
             raise
         traceback.print_exc()
         leave(1)
-    finally:
-        if dist.is_initialized():  # a clean end, or a stop that all ranks have agreed on
+    except SystemExit as stop:  # all ranks have agreed on it
+        leave(stop.code)
+    else:
+        if dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # DDP's cycles hold its threads, which abort an interpreter that they outlive
 
 
 def leave(status: int) -> None:
-    """End this process. Leaving the group properly would wait for ranks that may never come (NCCL aborts
-    only when all do), and hold back what is printed."""
+    """End this process, at once where there are others. Leaving the group properly would wait for ranks that
+    may never come (NCCL aborts only when all do), and hold back what is printed."""
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()

@@ -375,6 +375,8 @@ class Run:
         self.last_save = time.monotonic()
 
     def close(self) -> None:
+        """Let go of DDP and the log's events."""
+        self.net = self.network
         if self.log.board:
             self.log.board.close()
 
