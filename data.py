@@ -74,7 +74,9 @@ class Item(NamedTuple):
 class VideoDataset(Dataset):
     """Clips of the listed videos, uint8.
 
-    mode 'train': `dataset[epoch, index]` has a random clip with a random crop, (3, T, size, size).
+    mode 'train': `dataset[epoch, index]` has a random clip with a random crop, (3, T, size, size). The recipe
+    crops frames that it has resized to a short side of 256; the same share of the frame as it is, resized
+    once, is the same crop: where and how large it is follows from shares of the sides, not from pixels.
     mode 'val':   `dataset[index]` has one view, the middle clip's centre crop, (1, 3, T, size, size).
     mode 'test':  `dataset[index]` has num_clips x num_crops views, (V, 3, T, S, S): clips spread evenly over
     the video, cropped at S, the short side that videos are resized to (256 for size 224).
@@ -112,18 +114,20 @@ class VideoDataset(Dataset):
         with VideoReader(path) as video:
             clips = sample_frames(len(video), self.clip_len, self.frame_interval, num_clips, rng)
             wanted, place = np.unique(clips, return_inverse=True)
-            frames = {}
-            for index, frame in video.frames(wanted):
-                if min(frame.shape[:2]) != self.short_side:  # at once: 80 frames of 4K would take 2 GB
-                    method = resize if self.mode == 'train' else resize_as_opencv
-                    pixels = torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
-                    pixels = method(pixels, *short_side_to(self.short_side, *frame.shape[:2]))
-                    frame = pixels[0].permute(1, 2, 0).numpy()
-                frames[index] = frame
-        frames = np.stack([frames[index] for index in wanted.tolist()])  # (N, H, W, 3)
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (N, 3, H, W)
+            frames, box = {}, None
+            for index, frame in video.frames(wanted):  # made small at once: 80 frames of 4K would take 2 GB
+                height, width = frame.shape[:2]
+                pixels = torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
+                if self.mode == 'train':
+                    box = box or crop_box(height, width, rng)
+                    top, left, h, w = box
+                    pixels = resize(pixels[..., top : top + h, left : left + w], self.size, self.size)
+                elif min(height, width) != self.short_side:
+                    pixels = resize_as_opencv(pixels, *short_side_to(self.short_side, height, width))
+                frames[index] = pixels[0].permute(1, 2, 0)
+        frames = torch.stack([frames[index] for index in wanted.tolist()]).permute(0, 3, 1, 2)  # (N, 3, H, W)
         if self.mode == 'train':
-            frames = random_resized_crop(frames, self.size, rng, self.flip)
+            frames = frames.flip(-1) if self.flip and rng.random() < 0.5 else frames
             return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
         if num_crops == 3:
             crops = three_crops(frames)
@@ -264,13 +268,6 @@ def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, in
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
-
-
-def random_resized_crop(pixels: Tensor, size: int, rng: np.random.Generator, flip: bool = True) -> Tensor:
-    """uint8 (..., C, H, W) -> (..., C, size, size): a random part of it, mirrored or not where `flip`."""
-    top, left, h, w = crop_box(*pixels.shape[-2:], rng)
-    pixels = resize(pixels[..., top : top + h, left : left + w], size, size)
-    return pixels.flip(-1) if flip and rng.random() < 0.5 else pixels
 
 
 def center_crop(pixels: Tensor, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Pixels and samples follow the recipe, lists are read as people write them, joint batches cover the sets."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -68,20 +69,43 @@ def test_three_crops_lie_at_the_ends_and_the_middle():
     assert data.three_crops(tall)[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9], [3, 4, 5, 6]]
 
 
-def test_random_crop_covers_the_range_of_the_recipe():
-    """Crops of a picture whose pixels are their own coordinates show where they were taken."""
-    y, x = torch.meshgrid(torch.arange(200), torch.arange(200), indexing='ij')
-    picture = torch.stack([y, x, x]).to(torch.uint8)
-    areas, ratios, mirrored = [], [], 0
-    for i in range(600):
-        crop = data.random_resized_crop(picture, 56, data.generator('test', i)).float()
-        height, width = ((crop[c].max() - crop[c].min()).item() * 56 / 55 for c in (0, 1))
-        areas.append(height * width / 200**2)
-        ratios.append(width / height)
-        mirrored += bool(crop[1, 0, 0] > crop[1, 0, -1])
-    assert 0.07 < min(areas) < 0.11 and 0.9 < max(areas) < 1.03
-    assert 0.70 < min(ratios) < 0.78 and 1.28 < max(ratios) < 1.42
-    assert 0.4 < mirrored / 600 < 0.6
+@pytest.mark.parametrize('height, width', [(200, 200), (240, 426), (854, 480)])
+def test_random_crops_have_the_recipe_s_distribution(monkeypatch, height, width):
+    """Crops of frames whose pixels are their own coordinates show where they were taken. The recipe takes
+    them from the frame resized to a short side of 256: areas of 8 % to all of it, ratios of 3/4 to 4/3."""
+    y, x = np.mgrid[0 : 255 : height * 1j, 0 : 255 : width * 1j].round().astype(np.uint8)
+    frame = np.stack([y, x, x], 2)
+
+    class Reader(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def __len__(self):
+            return 100
+
+        def frames(self, wanted):
+            return ((index, frame) for index in wanted)
+
+    monkeypatch.setattr(data, 'VideoReader', Reader)
+    videos, size, mirrored = data.VideoDataset(None, size=56, clip_len=2), (256, 256 * width // height), 0
+    if height > width:
+        size = 256 * height // width, 256
+    found, expected = [], []
+    for i in range(800):
+        crop = videos.load('', data.generator('test', i)).float()
+        assert torch.equal(crop[:, 0], crop[:, 1])  # all frames of a clip alike
+        h, w = ((crop[c].max() - crop[c].min()).item() / 255 * 56 / 55 for c in (0, 1))
+        found.append((h * w, w * width / (h * height), h, crop[0].mean().item() / 255))
+        mirrored += bool(crop[1, 0, 0, 0] > crop[1, 0, 0, -1])
+        top, _, h, w = data.crop_box(*size, data.generator('other', i))
+        expected.append((h * w / (size[0] * size[1]), w / h, h / size[0], (top + h / 2) / size[0]))
+    for values, others in zip(np.array(found).T, np.array(expected).T):  # area, ratio, height, place
+        places = np.sort(np.concatenate([values, others]))
+        below = (np.searchsorted(np.sort(v), places, 'right') / 800 for v in (values, others))
+        assert abs(np.subtract(*below)).max() < 0.1  # Kolmogorov and Smirnov: 0.0975 is the 0.1 % point
+    areas, ratios = np.array(found)[:, :2].T
+    assert 0.07 < areas.min() < 0.11 and 0.7 < ratios.min() < 0.78 and 1.28 < ratios.max() < 1.42
+    assert 0.4 < mirrored / 800 < 0.6
 
 
 @pytest.fixture

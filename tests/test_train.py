@@ -385,9 +385,9 @@ def test_the_readme_s_recipes_do_what_they_say():
     space = {'network': network, 'clips': pixels['video']}
     exec(features, space)
     assert space['features'].shape == (4, 32 * 8)
-    space = {'pixels': torch.full((3, 8, 8), 200, dtype=torch.uint8), 'rng': data.generator('test', 1)}
+    space = {'frames': torch.full((3, 8, 8), 200, dtype=torch.uint8), 'rng': data.generator('test', 1)}
     exec(jitter, {'torch': torch}, space)
-    assert space['pixels'].dtype == torch.uint8 and 120 <= space['pixels'].unique().item() <= 255
+    assert space['frames'].dtype == torch.uint8 and 120 <= space['frames'].unique().item() <= 255
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
