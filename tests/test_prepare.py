@@ -124,30 +124,28 @@ def test_encode_keeps_names_and_frames_and_goes_on(folder, capsys):
     turn(write_video('in/small.mp4', num_frames=20, size=(49, 67), pix_fmt='yuv444p'))
     Path('in/torn.mp4').write_bytes(b'nothing' * 100)
     Path('in/._small.mp4').write_bytes(b'nothing')
-    os.makedirs('in/out/a b')  # the copy lies inside
-    Path('in/out/a b/wide.MKV.part').write_bytes(b'half')  # of a run that was killed
+    os.makedirs('out/a b')
+    Path('out/a b/wide.MKV.part').write_bytes(b'half')  # of a run that was killed
     for _ in range(2):
-        ends_with(1, 'encode in in/out --short-side 64 --gop 8')
-        assert 'in: 4 files, 1 of them unreadable, see in/out/bad' in capsys.readouterr().out
-        assert Path('in/out/bad_samples.txt').read_text().startswith('in/torn.mp4: ')
+        ends_with(1, 'encode in out --short-side 64 --gop 8')
+        assert 'in: 4 files, 1 of them unreadable, see out/bad' in capsys.readouterr().out
+        assert Path('out/bad_samples.txt').read_text().startswith('in/torn.mp4: ')
         times = {
-            str(path): path.stat().st_mtime_ns
-            for path in Path('in/out').rglob('*.*')
-            if path.suffix != '.txt'
+            str(path): path.stat().st_mtime_ns for path in Path('out').rglob('*.*') if path.suffix != '.txt'
         }
-        assert set(times) == {'in/out/a b/wide.MKV', 'in/out/small.avi', 'in/out/small.mp4'}
+        assert set(times) == {'out/a b/wide.MKV', 'out/small.avi', 'out/small.mp4'}
         assert times == locals().get('first', times)
         first = times
-    with VideoReader('in/out/a b/wide.MKV') as copy, VideoReader(wide) as video:
+    with VideoReader('out/a b/wide.MKV') as copy, VideoReader(wide) as video:
         assert (len(copy), copy.get_batch([0]).shape) == (40, (1, 64, 200, 3))
         before = torch.from_numpy(video.get_batch([33])).permute(0, 3, 1, 2)
         before = data.resize(before, 64, 200).permute(0, 2, 3, 1).numpy()
         assert np.abs(copy.get_batch([33]).astype(int) - before).mean() < 6
-    with av.open('in/out/a b/wide.MKV') as container:
+    with av.open('out/a b/wide.MKV') as container:
         assert container.format.name.startswith('mov,mp4')
         keys = [frame.key_frame for frame in container.decode(video=0)]
     assert np.flatnonzero(keys).tolist() == [0, 8, 16, 24, 32]
-    with VideoReader('in/out/small.mp4') as copy, VideoReader('in/small.mp4') as video:
+    with VideoReader('out/small.mp4') as copy, VideoReader('in/small.mp4') as video:
         assert 'DISPLAYMATRIX' not in next(copy.decode())[1].side_data
         assert copy.get_batch([19]).shape == (1, 66, 48, 3) and video.get_batch([19]).shape == (1, 67, 49, 3)
         before = torch.from_numpy(video.get_batch([19])).permute(0, 3, 1, 2)
@@ -155,6 +153,58 @@ def test_encode_keeps_names_and_frames_and_goes_on(folder, capsys):
         assert (
             np.abs(copy.get_batch([19]).astype(int) - before).mean() < 12
         )  # the noise loses half of its colour
+
+
+def test_encode_makes_images_small_and_copies_what_is_small(folder, capsys):
+    os.makedirs('in/cat')
+    y, x = np.mgrid[0:400, 0:601]
+    gradient = np.stack([y / 2, x / 3, (y + x) / 8], 2).astype(np.uint8)
+    Image.fromarray(gradient).convert('RGBA').save('in/cat/wide.png')
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    Image.fromarray(gradient).save('in/cat/turned.JPG', quality=95, exif=exif)
+    Image.fromarray(gradient[:100, :80]).save('in/small.gif')
+    Path('in/torn.jpg').write_bytes(Path('in/cat/turned.JPG').read_bytes()[:5000])
+    Image.fromarray(gradient[:100, :80]).save('in/torn.png')
+    Path('in/torn.png').write_bytes(Path('in/torn.png').read_bytes()[:200])
+    write_video('in/small.mp4', num_frames=20, options={'g': '4'})
+    write_video('in/long.mp4', num_frames=20, options={'g': '20'})
+    ends_with(1, 'encode in out')
+    assert 'in: 7 files, 2 of them unreadable' in capsys.readouterr().out
+    assert [line.split(':')[0] for line in Path('out/bad_samples.txt').read_text().splitlines()] == [
+        'in/torn.jpg',
+        'in/torn.png',
+    ]
+    for name in ('small.gif', 'small.mp4'):
+        assert Path('in', name).read_bytes() == Path('out', name).read_bytes()
+    assert Path('in/long.mp4').read_bytes() != Path('out/long.mp4').read_bytes()
+    for name, size in (('wide.png', (385, 256)), ('turned.JPG', (256, 385))):
+        with Image.open(f'out/cat/{name}') as image:
+            assert (image.format, image.size) == ('JPEG', size)
+        pixels = data.ImageDataset(None, 'val').load(f'out/cat/{name}', None).float()
+        before = data.ImageDataset(None, 'val').load(f'in/cat/{name}', None)
+        assert (pixels - before).abs().mean() < 2
+    os.makedirs('empty')
+    ends_with(1, 'encode empty out')
+    assert 'empty: no videos or images below it' in capsys.readouterr().err
+
+
+def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
+    """Its header, which here comes first, still counts all of the frames."""
+    write_video('whole.mp4', num_frames=60, options={'g': '4'})
+    os.makedirs('in/a')
+    with av.open('whole.mp4') as whole, av.open('first.mp4', 'w', options={'movflags': 'faststart'}) as file:
+        stream = file.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+    content = Path('first.mp4').read_bytes()
+    Path('in/a/torn.mp4').write_bytes(content[: len(content) // 2])
+    for command in ('check in', 'encode in out'):
+        ends_with(1, command)
+        assert 'in/a/torn.mp4: only 2' in capsys.readouterr().out, command
+    assert not Path('out/a/torn.mp4').exists()
 
 
 COLOURS = np.array(
@@ -200,7 +250,7 @@ def test_encode_keeps_colours(name, tmp_path):
         container.mux(stream.encode(None))
     if 'turned' in name:
         turn(source)
-    prepare.encode_file(source, target, 256, 16)
+    prepare.encode_file(source, target)
     colours, marks = [], []
     for path in (source, target):
         with VideoReader(path) as video:
@@ -226,7 +276,7 @@ def test_encode_real_files_of_telephones_and_full_range(name, tmp_path):
     with VideoReader(REAL / 'odd' / name) as video:
         before = video.get_batch([0, len(video) - 1])
         count, height, width = len(video), *before.shape[1:3]
-    prepare.encode_file(str(REAL / 'odd' / name), str(tmp_path / name), 256, 16)
+    prepare.encode_file(str(REAL / 'odd' / name), str(tmp_path / name))
     with VideoReader(tmp_path / name) as video:
         after = video.get_batch([0, len(video) - 1])
         assert len(video) == count and (after.shape[1] > after.shape[2]) == (height > width)
@@ -377,7 +427,7 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
         ('check data/demo/videos_train', 'data/demo/videos_train: no class folders in it'),
         ('encode nowhere out', 'nowhere: no such folder'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
-        ('encode data/demo/images_val out', 'data/demo/images_val: no videos below it'),
+        ('encode data/demo data/demo/small', 'data/demo/small: the copy needs a folder of its own'),
         ('demo data/demo/video_train.txt', 'Not a directory'),
     ],
 )
