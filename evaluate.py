@@ -98,7 +98,10 @@ def score_views(network: nn.Module, source: str, views: torch.Tensor, precision:
         with distributed.autocast(device, precision):
             logits = network({source: part.to(device, non_blocking=True)})[source]
         scores.append(logits.float().softmax(1))
-    return torch.cat(scores).cpu()
+    scores = torch.cat(scores).cpu()
+    if not scores.isfinite().all():
+        raise UserError(f'the network gives scores that are not numbers, computing in {precision}')
+    return scores
 
 
 def predict(
@@ -249,6 +252,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
+    if args.files and args.images:
+        parser.error('--images measures the image set; an image file is classified as one by its name')
     if args.timeline and not args.files:
         parser.error('--timeline needs a video to classify')
     return args
@@ -281,6 +286,8 @@ def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, n
     for path in args.files:
         try:
             show(classify(network, path, args, settings, names))
+        except UserError:
+            raise
         except Exception as error:  # damaged files raise whatever the decoder trips over
             failed = True
             show(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)

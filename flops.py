@@ -11,6 +11,7 @@ per multiply-accumulate).
 """
 
 import argparse
+import signal
 
 import torch
 from torch import nn
@@ -140,4 +141,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `flops.py | head`
     main()

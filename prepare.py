@@ -52,6 +52,10 @@ def check(source: str, root: str = '') -> tuple[int, list[str]]:
     else:
         samples = sources.read_list(source, root, videos=True)
         paths = [samples.path(index) for index in range(len(samples))]
+        if not any(map(os.path.exists, paths)):
+            raise ValueError(
+                f'{paths[0]}: no such file, nor any other of {source}; --root names their folder'
+            )
     jobs = [(path,) for path in dict.fromkeys(paths)]
     results = in_parallel(check_file, jobs, 'checking')
     return len(jobs), sorted(f'{path}: {reason}' for (path,), reason in results if reason)

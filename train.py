@@ -232,6 +232,8 @@ def main(argv: list[str] | None = None) -> nn.Module:
         run.close()
         if args.demo and not args.no_validate:
             test(run)
+        images = ' --images' if args.image_only else ''
+        show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
     return run.network
 
 
@@ -251,8 +253,6 @@ def test(run: Run) -> None:
         )
         top1 = evaluate.accuracy(scores, labels)['top1']
         show(f'{title:28}{len(labels):8}{1 / scores.shape[1]:8.1%}{top1:8.1%}')
-    images = ' --images' if args.image_only else ''
-    show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
 
 
 def check(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -261,6 +261,10 @@ def check(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     for name in ('seed', 'warmup_epochs', 'workers', 'momentum', 'weight_decay'):
         if (getattr(args, name) or 0) < 0:
             parser.error(f'--{name.replace("_", "-")} must not be negative')
+    if args.momentum >= 1:
+        parser.error('--momentum must be below 1')
+    if not args.work_dir:
+        parser.error('--work-dir names a folder')
     if args.size % 7:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
     if args.init and args.init_2d:
@@ -269,11 +273,22 @@ def check(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs * 34 / 256)
+    if args.warmup_epochs > args.epochs:
+        parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
     args.layers = list(args.layers)
     # Own classes are not validated on the published sets; only a default may be missing.
     for train, val in (('video', 'val'), ('image', 'image_val')):
         is_default = {n: getattr(args, n) == parser.get_default(n) for n in (f'{train}_list', f'{val}_list')}
         missing = val == 'image_val' and not os.path.exists(args.image_val_list)
+        for prefix in (train, val):
+            root = getattr(args, f'{prefix}_root')
+            if os.path.isdir(getattr(args, f'{prefix}_list')) and root != parser.get_default(
+                f'{prefix}_root'
+            ):
+                flag = prefix.replace('_', '-')
+                parser.error(
+                    f'--{flag}-root {root} is for a list; --{flag}-list names a folder of class folders'
+                )
         if is_default[f'{val}_list'] and (not is_default[f'{train}_list'] or missing) and not args.demo:
             setattr(args, f'{val}_list', None)
     return args

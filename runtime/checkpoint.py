@@ -103,6 +103,7 @@ def load(path: str | os.PathLike) -> dict:
     Returns our checkpoints as they were saved (see runtime/run.py); for an official one {'model': our
     state_dict}. Raises OSError, or ValueError where the file is no checkpoint.
     """
+    damaged = None
     try:
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -110,10 +111,15 @@ def load(path: str | os.PathLike) -> dict:
             foreign = []
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
             saved = torch.load(path, map_location='cpu', weights_only=True)
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums that it has written
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
     except OSError:
         raise
     except Exception:  # a damaged pickle can raise anything
         raise ValueError(f'{path}: not a checkpoint of train.py or MMAction2, or a damaged one') from None
+    if damaged:
+        raise ValueError(f'{path}: a damaged checkpoint (wrong checksum: {damaged})')
     if isinstance(saved, dict) and isinstance(saved.get('model'), dict):
         return saved
     state = saved.get('state_dict', saved) if isinstance(saved, dict) else None
@@ -129,17 +135,10 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_run(path: str | os.PathLike) -> dict:
-    """A checkpoint to go on from. torch.load does not look at the checksums that torch.save has written."""
+    """A checkpoint to go on from."""
     saved = load(path)
     if 'optimizer' not in saved:
         raise ValueError(f'{path}: holds weights only, no training run to go on with')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        damaged = error
-    if damaged:
-        raise ValueError(f'{path}: a damaged checkpoint (wrong checksum: {damaged})')
     return saved
 
 

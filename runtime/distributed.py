@@ -171,9 +171,9 @@ def stop_together(trouble: str) -> None:
 def show(text: str = '', file=None) -> None:
     """Print a line, on the main process only and above progress bars. A reader that has gone, as `head` does,
     ends nothing."""
-    if rank():
-        return
     file = file or sys.stdout
+    if rank() or file is None:  # as it is where a shell has closed it
+        return
     try:
         tqdm.write(text, file=file)
         file.flush()

@@ -62,9 +62,9 @@ class Run:
                 args.epochs,
                 args.accumulate,
             )
-            self.network = self._new_network(saved, path)
             if saved is not None:
-                compare_data(saved, self.sources, path)
+                compare_data(saved, args, self.sources, path)
+            self.network = self._new_network(saved, path)
         lists = [set and set.samples.fingerprint for s in self.sources for set in (s.train, s.val)]
         found = saved and (saved['epoch'], saved['done']), lists
         if gather(found) != [found] * world_size():
@@ -113,6 +113,7 @@ class Run:
             checkpoint.load_into(network, saved['model'], path)
         elif args.init_2d:
             checkpoint.load_2d(network, args.init_2d)
+            show(f'starting from {args.init_2d}: its backbone; the heads are new')
         elif args.init:
             given = checkpoint.load(args.init)
             # As many classes can still be others, or the same in another order.
@@ -300,7 +301,8 @@ class Run:
             step, files = found
             trouble = (
                 f'loss is not finite in epoch {self.epoch + 1} step {step + 1}, rank {rank()}; neither the '
-                'weights nor the checkpoints were touched by it. Its files:\n  ' + '\n  '.join(files)
+                'weights nor the checkpoints were touched by it. A lower --lr or --clip-norm may help, or a '
+                f'look at its {len(files)} files:\n  ' + '\n  '.join(files[:5]) + '\n  ...' * (len(files) > 5)
             )
         distributed.stop_together(trouble)
 

@@ -63,8 +63,9 @@ def open_list(
     list_file, root = getattr(args, f'{prefix}_list'), getattr(args, f'{prefix}_root')
     if not os.path.exists(list_file):
         raise FileNotFoundError(
-            f'{list_file}: no such file, expected there by --{prefix.replace("_", "-")}-list; the README '
-            'shows how the folders are laid out, and `python train.py --demo` makes a small set of its own'
+            f'{list_file}: no such list or folder of class folders, expected there by '
+            f'--{prefix.replace("_", "-")}-list; the README shows how the published data is laid out, and '
+            '`python train.py --demo` makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
     start = [samples.path(i) for i in range(min(10, len(samples)))]
@@ -96,8 +97,15 @@ def check_classes(
         show(f'{list_file}: {pictures} of the {len(samples)} videos are images, each a video of one frame')
 
 
-def compare_data(saved: dict, sources: list[data.Source], path: str) -> None:
-    """Say which lists have changed since a checkpoint; ValueError where its labels would change meaning."""
+def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Source], path: str) -> None:
+    """Say which lists have changed since a checkpoint; ValueError where its network does not fit, or its
+    labels would change meaning."""
+    for key in ('layers', 'width', 'video_only', 'image_only'):
+        was, now = saved.get('settings', {}).get(key), getattr(args, key)
+        if was is not None and was != now:
+            raise ValueError(
+                f'{path}: has --{key.replace("_", "-")} {was}, now {now}; --work-dir takes another folder'
+            )
     for source in sources:
         name, before, now = source.name, saved.get(f'{source.name}_labels'), source.labels
         if before and now and before != now:
@@ -155,7 +163,10 @@ def read_list(
                 continue
             match = re.fullmatch(r'(.+?)[\s,]+(-?\d+)', line.strip())
             if not match:
-                raise ValueError(f'{list_file}:{number}: no label in {line.strip()!r}; expected "path label"')
+                raise ValueError(
+                    f'{list_file}:{number}: no label, a whole number, at the end of {line.strip()[:100]!r}; '
+                    'expected "path label"'
+                )
             path, label = match[1], int(match[2])
             if label < 0 or (num_classes is not None and label >= num_classes):
                 known = f'; {num_classes} classes are known' if num_classes is not None else ''
@@ -180,7 +191,11 @@ def class_names(folder: str) -> list[str]:
     """The names of a folder's class folders, in alphabetical order."""
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
     if not names:
-        raise ValueError(f'{folder}: no class folders in it')
+        files = [e.name for e in os.scandir(folder)]
+        lies = f', {len(files)} files such as {min(files)}' if files else ', nothing'
+        raise ValueError(
+            f'{folder}: no class folders in it{lies}; a list of "path label" lines names classes too'
+        )
     return names
 
 
@@ -190,7 +205,10 @@ def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list
     Raises OSError, or ValueError where a class folder's name is not among them, or there is no file.
     """
     if unknown := sorted(set(class_names(folder)) - set(names)):
-        raise ValueError(f'{os.path.join(folder, unknown[0])}: no class of this name is known')
+        raise ValueError(
+            f'{os.path.join(folder, unknown[0])}: no class of this name is known; the {len(names)} that are '
+            f'trained are {", ".join(names[:3])}' + ', ...' * (len(names) > 3)
+        )
     numbers = {name: number for number, name in enumerate(names)}
     files = [
         (os.path.join(below, file), numbers[name])

@@ -241,13 +241,23 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --show nowhere/wrong.png', 'nowhere/wrong.png'),
         ('--ckpt small.pth --show wrong.png a.mp4', '--show and --val-list measure a set'),
         ('--ckpt small.pth --timeline', '--timeline needs a video'),
-        ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known'),
+        ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known; the 8 that are'),
+        ('--ckpt small.pth --images a.jpg', '--images measures the image set'),
+        ('--ckpt flipped.pth', 'flipped.pth: a damaged checkpoint (wrong checksum: '),
+        ('--ckpt diverged.pth', 'the network gives scores that are not numbers, computing in fp32'),
+        ('--ckpt diverged.pth data/demo/images_val/dots_000.jpg', 'scores that are not numbers'),
     ],
 )
 def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
     (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
+    flipped = bytearray(checkpoint.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (demo / 'flipped.pth').write_bytes(flipped)
+    state = torch.load(checkpoint, weights_only=True)
+    state['model']['layer1.0.conv1.weight'][0] = float('nan')
+    torch.save(state, demo / 'diverged.pth')
     assert message in fails(
         evaluate.main,
         arguments,
-        code=2 if any(f in arguments for f in ('--clips', 'a.mp4', 'timeline')) else 1,
+        code=2 if any(f in arguments for f in ('--clips', 'a.mp4', 'timeline', '--images')) else 1,
     )

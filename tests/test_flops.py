@@ -1,7 +1,10 @@
 """The published cost, by the published accounting."""
 
+import subprocess
+import sys
+
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 import flops
 from model import OmniSlowOnly
@@ -11,6 +14,11 @@ def test_published_figures(tmp_path):
     output = run('flops.py', tmp_path).stdout
     assert '54.75G' in output and '54,517,563,392' in output and '232,259,584' in output
     assert '32.45M' in output and '35.65M' in output and '31,634,496' in output
+
+
+def test_a_reader_that_has_gone_gets_no_traceback():
+    result = subprocess.run(f'{sys.executable} {ROOT}/flops.py | true', shell=True, capture_output=True)
+    assert result.stderr == b''
 
 
 def test_own_figures_at_224():

@@ -424,7 +424,8 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     ('command', 'message'),
     [
         ('check nowhere.txt', "No such file or directory: 'nowhere.txt'"),
-        ('check data/demo/videos_train', 'data/demo/videos_train: no class folders in it'),
+        ('check data/demo/videos_train', 'videos_train: no class folders in it, 32 files such as checks_'),
+        ('check data/demo/video_train.txt', 'nor any other of data/demo/video_train.txt; --root names their'),
         ('encode nowhere out', 'nowhere: no such folder'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
         ('encode data/demo data/demo/small', 'data/demo/small: the copy needs a folder of its own'),

@@ -429,6 +429,8 @@ def test_labels_that_change_their_meaning_are_refused_on_resume(demo):
     (demo / 'list.txt').write_text('\n'.join(lines[:-1]))
     output = run(f'{line} --resume --epochs 1', demo).stdout
     assert 'changed since the checkpoint: the list of training videos' in output
+    result = run(f'{line} --resume --width 24', demo, expect=1)
+    assert 'named/latest.pth: has --width 8, now 24; --work-dir takes another folder' in result.stderr
 
 
 def test_a_file_system_without_hard_links(tmp_path, monkeypatch):

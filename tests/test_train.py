@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(demo):
     result = run(f'train.py {SMALL} --epochs 9 --work-dir broken --lr 1e38 --resume', demo, expect=1)
     assert 'changed since the checkpoint: lr 0.05 -> 1e+38' in result.stdout
     assert re.search(
-        r'loss is not finite in epoch 2 step \d, rank 0; .* Its files:\n  data/demo/videos_train',
+        r'loss is not finite in epoch 2 step \d, rank 0; .* its \d+ files:\n  data/demo/videos_train',
         result.stderr,
     )
     assert 'Traceback' not in result.stderr
@@ -270,14 +270,14 @@ def test_the_fused_step_leaves_weights_alone_where_told():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ('', 'data/kinetics400/kinetics400_train_list_videos.txt: no such file.*--video-list.*--demo'),
+        ('', 'data/kinetics400/kinetics400_train_list_videos.txt: no such list.*--video-list.*--demo'),
         ('--demo --video-root nowhere', 'nowhere/.*: no such file, .* --video-root names the folder'),
         ('--demo --image-list empty.txt', 'empty.txt: no samples'),
         ('--demo --image-list nolabel.txt', 'nolabel.txt:1: no label'),
         ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range; 8 classes'),
         ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other of the first of gone.txt'),
         ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
-        ('--demo --image-val-list typo.txt', 'typo.txt: no such file, expected there by --image-val-list'),
+        ('--demo --image-val-list typo.txt', 'typo.txt: no such list or .* there by --image-val-list'),
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
         ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
@@ -294,6 +294,10 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --videos-per-gpu 1', '--videos-per-gpu: a batch of 1 cannot be normalized'),
         ('--demo --size 100', 'multiple of 7'),
         ('--demo --video-only --image-only', '--image-only leaves no videos'),
+        ('--demo --epochs 3 --warmup-epochs 4', '--warmup-epochs 4 is more than --epochs 3'),
+        ('--demo --momentum 5 --lr 1', '--momentum must be below 1'),
+        ('--demo --lr 1 --work-dir=', '--work-dir names a folder'),
+        ('--lr 1 --video-list data --video-root data', '--video-list names a folder of class folders'),
     ],
 )
 def test_bad_input_gets_one_line(demo, fails, arguments, message):
