@@ -11,7 +11,9 @@ per multiply-accumulate).
 """
 
 import argparse
+import math
 import signal
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -55,29 +57,30 @@ def parameters(module: nn.Module) -> int:
 
 
 def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
-    """Print what 256 epochs on Kinetics-400 and ImageNet take, and whether GPUs or CPUs are waited for."""
+    """Print what 256 epochs on Kinetics-400 and ImageNet take, where CPUs decode what GPUs learn from."""
     videos, images, epochs = 240_435, 1_281_167, 256
     steps = videos // (16 * args.gpus)
     images_per_gpu = images // (steps * args.gpus)
     clips, pictures = (epochs * steps * args.gpus * count for count in (16, images_per_gpu))
     work = 3 * 2 * (clips * clip_macs + pictures * image_macs)  # the backward pass costs two forward passes
-    terabytes = (clips * args.video_mb + pictures * args.image_mb) / 1e6
+    gpu_hours = epochs * steps * args.step_ms / 3.6e6
     print(f'{epochs} epochs of {steps:,} steps on {args.gpus} GPUs')
     print(f'  a step     16 clips and {images_per_gpu} images on each GPU')
     print(f'  computed   {work / 1e18:,.0f} EFLOP (2 per multiply-accumulate, forward and backward)')
     print(f'  decoded    {clips / 1e6:,.1f}M clips of 8 frames, {pictures / 1e6:,.0f}M images')
-    print(f'  read       {terabytes:,.0f} TB, if every file is read whole and none stays in memory')
-    gpu_hours = epochs * steps * args.step_ms / 3.6e6
-    cpu_hours = (clips * args.clip_ms + pictures * args.image_ms) / 3.6e6
-    enough = cpu_hours / gpu_hours
-    print(f'  GPUs       {gpu_hours:,.0f} hours at {args.step_ms:g} ms a step')
-    rates = f'{args.clip_ms:g} ms a clip and {args.image_ms:g} ms an image'
-    print(f'  CPU cores  {cpu_hours:,.0f} core hours at {rates}')
-    print(f'\n  {"cores":>6} {"hours":>7}  waiting for')
-    for cores in sorted({16, 32, 64, 128, 256, args.cores}):
-        waiting = 'GPUs' if cores >= enough else 'decoding'
-        print(f'  {cores:6} {max(gpu_hours, cpu_hours / cores):7,.0f}  {waiting}')
-    print(f'\n  {enough:,.0f} cores keep the GPUs busy')
+    print(f'  GPUs       {gpu_hours:,.1f} hours at {args.step_ms:g} ms a step')
+    print(f'\n  {"the files":26}{"as they are":>16}{"after encode":>16}')
+
+    def row(title: str, unit: str, values: Iterable[float]) -> None:
+        print(f'  {title:26}' + ''.join(f'{f"{value:,.0f} {unit}":>16}' for value in values))
+
+    terabytes = [(clips * v + pictures * i) / 1e6 for v, i in zip(args.video_mb, args.image_mb)]
+    core_hours = [(clips * v + pictures * i) / 3.6e6 for v, i in zip(args.clip_ms, args.image_ms)]
+    row('read, if nothing is cached', 'TB', terabytes)
+    row('decoding takes', 'core hours', core_hours)
+    row('to keep the GPUs busy', 'cores', [math.ceil(hours / gpu_hours) for hours in core_hours])
+    for cores in sorted({16, 32, 64, 128, args.cores}):
+        row(f'a run on {cores} cores', 'hours', [max(gpu_hours, hours / cores) for hours in core_hours])
 
 
 def main() -> None:
@@ -95,15 +98,19 @@ def main() -> None:
         ('--gpus', 8, 'GPUs'),
         ('--cores', 96, 'CPU cores for decoding'),
         ('--step-ms', 70.0, 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step`'),
-        ('--clip-ms', 51.0, 'CPU time from a video file to a training clip: `tests/bench.py clip`'),
-        ('--image-ms', 1.5, 'CPU time from a JPEG to a training image'),
-        ('--video-mb', 0.6, 'mean size of a video file'),
-        ('--image-mb', 0.11, 'mean size of an image file'),
     ):
         parser.add_argument(flag, type=type(default), default=default, help=f'{unit} (default: %(default)s)')
+    for flag, default, unit in (
+        ('--clip-ms', (42, 8.4), 'CPU time from a video to a training clip: `tests/bench.py clip`'),
+        ('--image-ms', (1.3, 0.6), 'CPU time from a JPEG to a training image'),
+        ('--video-mb', (0.6, 0.9), 'mean size of a video'),
+        ('--image-mb', (0.11, 0.03), 'mean size of an image'),
+    ):
+        text = f'{unit}, as it is and after `prepare.py encode` (default: {default[0]} {default[1]})'
+        parser.add_argument(flag, type=float, nargs=2, default=default, metavar=('IS', 'ENCODED'), help=text)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if name != 'plan' and value <= 0:
+        if name != 'plan' and min(value if isinstance(value, (list, tuple)) else [value]) <= 0:
             parser.error(f'--{name.replace("_", "-")} must be above 0')
     with torch.device('meta'):
         network = OmniSlowOnly()

@@ -443,7 +443,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a shell can have closed them
         stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # file names may be anything
     try:
         if args.command == 'demo':

@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
     add('--precision', 'default: bf16 on a GPU that has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
-    add('--workers', 'loader processes; default: its share of the cores, at most 12', type=int)
+    add('--workers', 'loader processes; default: its share of the cores, at most 16', type=int)
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
     add('--val-interval', 'epochs from one validation and checkpoint to the next', type=positive, default=4)
     add('--save-minutes', 'time from one checkpoint to the next', type=positive_float, default=10)

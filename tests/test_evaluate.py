@@ -261,3 +261,9 @@ def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
         arguments,
         code=2 if any(f in arguments for f in ('--clips', 'a.mp4', 'timeline', '--images')) else 1,
     )
+
+
+def test_a_closed_output_is_no_mistake(demo, checkpoint):
+    line = f'{sys.executable} {ROOT}/evaluate.py --ckpt small.pth data/demo/images_val/dots_000.jpg >&-'
+    result = subprocess.run(line, shell=True, cwd=demo, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b'')
