@@ -111,18 +111,13 @@ def encode(
         raise ValueError(f'{source}: no videos or images below it; they end with {endings}')
     for folder in {os.path.dirname(job[1]): 0 for job in jobs}:
         os.makedirs(folder, exist_ok=True)
-    bad, parts = [], {job: Path(f'{job[1]}.part') for job in jobs}
     try:
         with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
-            for job, reason in results:
-                if reason:
-                    bad.append(f'{job[0]}: {reason}')
-                    parts[job].unlink(missing_ok=True)  # its process may have been killed
-                del parts[job]
+            bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-    return len(jobs), sorted(bad)
+        for _, copy, *_ in jobs:
+            Path(f'{copy}.part').unlink(missing_ok=True)  # of a process that was killed
+    return len(jobs), bad
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:

@@ -14,6 +14,9 @@ from tqdm import tqdm
 from data import one_line
 
 
+AT_ONCE = 100_000  # jobs handed in: each costs 3 KB, and all wait for the last
+
+
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
     """Yield (job, reason) for each job, in order, done on all cores, with a progress bar.
 
@@ -24,7 +27,8 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
         while jobs:
             left = []
-            for job, result in results(function, jobs, cores):
+            now, jobs = jobs[:AT_ONCE], jobs[AT_ONCE:]
+            for job, result in results(function, now, cores):
                 if result is None:
                     left.append(job)
                     continue
@@ -37,7 +41,7 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
                     job,
                     'its process died: a crash of the decoder, or no memory' if result is None else result,
                 )
-            jobs = left[cores:]
+            jobs = left[cores:] + jobs
 
 
 def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
