@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from data import one_line
 
-
 AT_ONCE = 100_000  # jobs handed in: each costs 3 KB, and all wait for the last
 
 

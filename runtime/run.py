@@ -194,12 +194,7 @@ class Run:
         )
         for source in sources[1:]:
             passes = self.steps_per_epoch * self.sampler.per_step[source.name] / len(source.train)
-            share = (
-                f'{passes:.1%} of the {source.name}s'
-                if passes < 1
-                else f'each {source.name} {passes:.1f} times'
-            )
-            show(f'an epoch sees each {sources[0].name} once and {share}')
+            show(f'an epoch sees each {sources[0].name} once and each {source.name} {passes:.3g} times')
         times = args.lr / 0.1 * 128 / self.sampler.per_step[sources[0].name]  # more is what the demo needs
         if times > 2 and sources[0].name == 'video' and not args.demo:
             show(

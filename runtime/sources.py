@@ -149,10 +149,8 @@ def read_list(
         files = class_files(
             list_file, names or class_names(list_file), data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS
         )
-        paths, labels = (
-            [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files],
-            [y for _, y in files],
-        )
+        paths = [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files]
+        labels = [label for _, label in files]
         if num_classes is not None and max(labels) >= num_classes:
             raise ValueError(f'{list_file}: {max(labels) + 1} class folders; {num_classes} classes are known')
         return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
