@@ -276,19 +276,14 @@ def check(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     if args.warmup_epochs > args.epochs:
         parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
     args.layers = list(args.layers)
+    for flag in ('video', 'val', 'image', 'image-val'):
+        folder, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
+        if os.path.isdir(getattr(args, folder)) and getattr(args, root) != parser.get_default(root):
+            parser.error(f'--{flag}-list is a folder of class folders, --{flag}-root is for lists')
     # Own classes are not validated on the published sets; only a default may be missing.
     for train, val in (('video', 'val'), ('image', 'image_val')):
         is_default = {n: getattr(args, n) == parser.get_default(n) for n in (f'{train}_list', f'{val}_list')}
         missing = val == 'image_val' and not os.path.exists(args.image_val_list)
-        for prefix in (train, val):
-            root = getattr(args, f'{prefix}_root')
-            if os.path.isdir(getattr(args, f'{prefix}_list')) and root != parser.get_default(
-                f'{prefix}_root'
-            ):
-                flag = prefix.replace('_', '-')
-                parser.error(
-                    f'--{flag}-root {root} is for a list; --{flag}-list names a folder of class folders'
-                )
         if is_default[f'{val}_list'] and (not is_default[f'{train}_list'] or missing) and not args.demo:
             setattr(args, f'{val}_list', None)
     return args

@@ -297,7 +297,10 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --epochs 3 --warmup-epochs 4', '--warmup-epochs 4 is more than --epochs 3'),
         ('--demo --momentum 5 --lr 1', '--momentum must be below 1'),
         ('--demo --lr 1 --work-dir=', '--work-dir names a folder'),
-        ('--lr 1 --video-list data --video-root data', '--video-list names a folder of class folders'),
+        (
+            '--lr 1 --video-list data --video-root data',
+            '--video-list is a folder of class folders, --video-root is for',
+        ),
     ],
 )
 def test_bad_input_gets_one_line(demo, fails, arguments, message):
