@@ -8,12 +8,14 @@ Needs PyAV and NumPy, and nothing else of this project.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice, takewhile
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
@@ -27,9 +29,10 @@ class VideoReader:
     codec or the key frames: the same pixels as decoding everything from the start. All frames have the size
     of the first one, should the stream change its size midway.
 
-    H.264 with an orderly index is read fast: seek to the last IDR picture (after which nothing refers to
-    anything before) and decode from there, leaving out the pictures that are neither wanted nor referred to.
-    Everything else, where packets and frames need not map one to one, is decoded from the start.
+    Where packets and frames map one to one, frames are counted without decoding and read from the last key
+    frame after which nothing refers to anything before: H.264 and HEVC (leaving out the pictures that are
+    neither wanted nor referred to), VP8, VP9, AV1, and MPEG-4 without B-frames. Everything else is decoded
+    from the start. See `_index`.
 
     Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. What else
     PyAV raises for a damaged one comes through, on opening or on reading.
@@ -41,8 +44,11 @@ class VideoReader:
         self.path = os.fspath(path)
         self._container, self.stream = _open(self.path)
         self._reformatter = VideoReformatter()
-        self._index = _index(self._container, self.stream)
-        self._length = len(self._index.pts) if self._index else sum(1 for _ in self.decode())
+        try:
+            self._index = _index(self._container, self.stream)
+        except (LookupError, av.FFmpegError):
+            self._index = None
+        self._length = len(self._index.place) if self._index else sum(1 for _ in self.decode())
         if not self._length:
             raise ValueError('no frames')
 
@@ -105,34 +111,45 @@ class VideoReader:
                 break
 
     def _decode_near(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (number, frame) for the `wanted` frames and others, decoded from the IDR picture before each.
+        """Yield (number, frame) for the `wanted` frames and others, decoded from the start before each.
 
-        Ends early where something is damaged: how that is patched depends on all that was decoded before.
+        Ends early where something does not fit the index, or is damaged: how that is patched depends on all
+        that was decoded before.
         """
         index = self._index
-        places = index.place[wanted]
-        start_of = index.starts[np.searchsorted(index.starts, places, side='right') - 1]
+        # Frames of unequal sizes get that of frame 0, which therefore comes first.
+        places = index.place[wanted if index.skip else [0, *wanted]]
+        start_of = index.start[places]
         for start in np.unique(start_of).tolist():
-            needed = set(places[start_of == start].tolist())
-            for frame in self._decode_group(start, needed):
-                if frame.is_corrupt or frame.pts not in index.number:
-                    return
-                yield index.number[frame.pts], frame
+            first, last, held = index.number[index.pts[start]], -1, []
+            try:
+                for frame in self._decode_group(start, set(places[start_of == start].tolist())):
+                    number = index.number.get(frame.pts, last)
+                    if number < first:  # comes after the start, but is shown before it
+                        continue
+                    if number <= last or frame.is_corrupt or number == first and not frame.key_frame:
+                        return
+                    last = number
+                    held.append((number, frame))
+                    if len(held) > 16:  # no longer can a damaged one that it refers to be shown after it
+                        yield held.pop(0)
+            except av.FFmpegError:  # decoding from the start tells what is wrong
+                return
+            yield from held
 
     def _decode_group(self, start: int, needed: set[int]) -> Iterator[av.VideoFrame]:
         """Yield frames decoded from the packet at place `start` on, until all `needed` places have come."""
         codec, index = self.stream.codec_context, self._index
-        try:
-            self._container.seek(index.seek[start], stream=self.stream)
-        except OSError:  # this file has no way back
-            return
-        codec.flush_buffers()
         place, last = start, max(needed)
+        self._container.seek(index.seek[start], stream=self.stream)
+        codec.flush_buffers()
         for packet in self._container.demux(self.stream):
             if packet.pts != index.pts[place]:
-                continue  # one before the start
+                if place == start:  # one before it
+                    continue
+                return
             # The decoder can drop a picture that none refers to; it must see every other one.
-            codec.skip_frame = 'DEFAULT' if place in needed else 'NONREF'
+            codec.skip_frame = 'DEFAULT' if place in needed else index.skip or 'DEFAULT'
             yield from codec.decode(packet)
             if place == last:
                 break
@@ -176,95 +193,192 @@ def _open(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
 
 
 class Index(NamedTuple):
-    """Of a stream in which every packet is one frame; a place is a packet's in the file, from 0 on."""
+    """Of a stream in which every frame is one packet; a place is a packet's in the file, from 0 on."""
 
     pts: list[int]  # presentation time of each place
     seek: list[int]  # the time by which the demuxer finds it
-    starts: np.ndarray  # places of the IDR pictures
+    start: np.ndarray  # of each place: where decoding begins for it
     place: np.ndarray  # of each frame number
     number: dict[int, int]  # frame number of each presentation time
+    skip: str | None  # of H.264 and HEVC, whose size never changes: what the decoder may leave out
 
 
 def _index(container: av.container.InputContainer, stream: av.VideoStream) -> Index | None:
-    """Read through the packets: the index, or None unless decoding from an IDR picture is sure to be exact.
+    """Read through the packets: the index, or None unless decoding from the middle is sure to be exact.
 
-    Packets are looked at and let go, for all of them would be the whole file in memory.
+    Packets are looked at and let go, for all of them would be the whole file in memory. Raises LookupError
+    for codecs that are not known here; that, or what PyAV raises, where something is damaged.
     """
-    extradata = stream.codec_context.extradata or b''
-    sps = extradata[8 : 8 + int.from_bytes(extradata[6:8], 'big')]
-    # MP4 and Matroska keep one set of parameters here and prefix each unit with its length.
-    if stream.codec_context.name != 'h264' or extradata[:1] != b'\1' or not _is_plain(sps):
-        return None
-    if extradata[5] & 31 != 1:
-        return None
-    pts, seek, starts = [], [], []
+    kind_of, skip = _kinds(container, stream)
+    pts, seek, start, shown = [], [], [], []
+    before = latest = -1  # the last two starts
+    ended = False
     for packet in container.demux(stream):
-        if not packet.size or packet.is_corrupt:
+        if ended and packet.size:
+            return None
+        ended = ended or not packet.size or packet.is_corrupt  # the last one of a file that is cut
+        if ended:
             continue
-        kind = _picture(packet, (extradata[4] & 3) + 1, extradata)
+        kind = kind_of(packet)
         if kind is None or packet.pts is None or packet.is_discard or packet.has_sidedata('new_extradata'):
             return None
-        if kind == IDR:
-            starts.append(len(pts))
+        if kind == STARTS or kind == OPENS and pts:
+            if pts and packet.pts <= max(pts[latest:]):
+                return None
+            before, latest = latest, len(pts)
+        if kind != HIDDEN:
+            shown.append(len(pts))
         pts.append(packet.pts)
         seek.append(packet.pts if packet.dts is None else packet.dts)
-    if starts[:1] != [0] or len(set(pts)) < len(pts):
+        start.append(before if pts[-1] < pts[latest] else latest)
+    if min(start, default=-1) < 0 or len(set(pts)) < len(pts):
         return None
-    place = np.argsort(pts)
-    number = {pts[place]: number for number, place in enumerate(place.tolist())}
-    return Index(pts, seek, np.array(starts), place, number)
+    place = sorted(shown, key=pts.__getitem__)
+    if not skip and place != shown:
+        return None
+    number = {pts[place]: number for number, place in enumerate(place)}
+    return Index(pts, seek, np.array(start), np.array(place), number, skip)
 
 
-IDR = 5  # the unit type of a slice of an IDR picture; 1 is one of any other
+# Kinds of packets. Nothing after one that STARTS needs what is before; after one that OPENS, only pictures
+# that are shown before it may. One that is HIDDEN is not shown, but can be referred to.
+HIDDEN, FOLLOWS, OPENS, STARTS = range(4)
+SPLITTERS = {'vp8': 'null', 'mpeg4': 'null', 'vp9': 'vp9_superframe_split', 'av1': 'av1_frame_split'}
 
 
-def _picture(packet: av.Packet, prefix: int, extradata: bytes) -> int | None:
-    """The type of a packet's first slice, or None if there is none or something before it outlives an IDR.
+def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Callable, str | None]:
+    """A function that tells a packet's kind, and the index's `skip`.
 
-    A key frame that is not IDR can be followed by pictures that need earlier ones (open GOP).
+    It tells None for a packet that is not one picture, or that changes what a start does not reset.
     """
-    data, at = memoryview(packet), 0
-    while at + prefix < len(data):
-        size = int.from_bytes(data[at : at + prefix], 'big')
-        unit = data[at + prefix : at + prefix + size]
-        kind = unit[0] & 31 if size else 0
-        if kind in (1, IDR):
-            return kind
-        if kind in (7, 8) and bytes(unit) not in extradata:  # new parameters
+    codec = stream.codec_context
+    name, extradata = codec.codec.canonical_name, bytes(codec.extradata or b'')
+    if name not in ('h264', 'hevc'):
+        return partial(_kind, name, extradata, BitStreamFilterContext(SPLITTERS[name], stream)), None
+    prefix, parameters = 0, extradata  # units come after start codes
+    if container.format.name != 'mpegts':  # but in MP4 and Matroska: the length of each is before it
+        if extradata[0] != 1:  # as in AVI, which has no presentation times
+            raise LookupError(container.format.name)
+        at, picture = (4, b'\x65\x80') if name == 'h264' else (21, b'\x28\1')
+        prefix = (extradata[at] & 3) + 1
+        empty = av.Packet(len(picture).to_bytes(prefix, 'big') + picture)
+        [parameters] = BitStreamFilterContext(f'{name}_mp4toannexb', stream).filter(empty)
+    parameters = [*_units(parameters, 0)]
+    layers = _h264_layers(parameters) if name == 'h264' else _hevc_layers(parameters)
+    if not layers:
+        raise LookupError(name)
+    look = _h264 if name == 'h264' else _hevc
+    return partial(look, prefix, parameters), 'NONREF' if layers == 1 else 'DEFAULT'
+
+
+def _kind(name: str, extradata: bytes, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
+    if name == 'vp8':
+        shown = memoryview(packet)[0] >> 4 & 1
+    elif name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
+        head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
+        head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
+        if head not in extradata or len(picture) < 16 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
             return None
-        if kind == 6:  # a message: pictures are turned (47), or libavcodec is to imitate early x264's bugs
-            x264 = re.search(rb'x264 - core (\d+)', unit)
-            if unit[1:2] == b'\x2f' or x264 and int(x264[1]) <= 33:
+        shown = 1
+    else:  # the pictures of a packet come apart, those that are not shown without a time
+        copy = av.Packet(bytes(packet))
+        copy.pts = 0
+        shown = sum(picture.pts is not None for picture in splitter.filter(copy))
+    return {0: HIDDEN, 1: STARTS if packet.is_keyframe else FOLLOWS}.get(shown)
+
+
+def _h264(prefix: int, parameters: list[bytes], packet: av.Packet) -> int | None:
+    """A key frame that is not an IDR picture can be followed by pictures that need earlier ones."""
+    for unit in _units(packet, prefix):
+        type = unit[0] & 31
+        if type in (1, 5):  # a slice, of an IDR picture
+            if unit[1] < 128:  # not the first of a picture
                 return None
-        at += prefix + size
+            return STARTS if type == 5 else FOLLOWS
+        if type in (7, 8) and bytes(unit) not in parameters:
+            return None
+        if type == 6:  # a message: film grain, turned pictures, or libavcodec is to imitate early x264's bugs
+            x264 = re.search(rb'x264 - core (\d+)', unit)
+            if unit[1] in (0x13, 0x2F) or x264 and int(x264[1]) <= 33:
+                return None
     return None
 
 
-def _is_plain(sps: bytes) -> bool:
-    """Whether a sequence parameter set is of a common profile and its pictures are never single fields.
+def _hevc(prefix: int, parameters: list[bytes], packet: av.Packet) -> int | None:
+    kind = None
+    for unit in _units(packet, prefix):
+        type = unit[0] >> 1
+        if unit[0] & 1 or unit[1] > 7:  # of another layer
+            continue
+        if type in (32, 33, 34) and bytes(unit) not in parameters or type == 39 and unit[2] in (0x13, 0x2F):
+            return None
+        if type in (36, 37):  # the end of a sequence
+            return None
+        if type < 32 and kind is None:  # a slice: an IDR picture's, a CRA picture's, another's
+            kind = {19: STARTS, 20: STARTS, 21: OPENS}.get(type, FOLLOWS)
+            if unit[2] < 128 or type >= 16 and (kind == FOLLOWS or unit[2] & 64):
+                return None  # not the first of a picture, or one before which some may not be shown
+    return kind
+
+
+def _units(data: bytes | av.Packet, prefix: int) -> Iterator[bytes | memoryview]:
+    """The units of H.264 or HEVC, each after its length in `prefix` bytes, or after a start code (0)."""
+    if not prefix:
+        yield from filter(None, (unit.rstrip(b'\0') for unit in bytes(data).split(b'\0\0\1')[1:]))
+        return
+    data, at = memoryview(data), 0
+    while at + prefix < len(data):
+        size = int.from_bytes(data[at : at + prefix], 'big')
+        at += prefix + size
+        if at > len(data):
+            raise IndexError('a unit is cut off')
+        if size:
+            yield data[at - size : at]
+
+
+def _h264_layers(parameters: list[bytes]) -> int:
+    """1, but 0 unless the stream is of a common profile, in one size, and pictures are never single fields.
 
     4:4:4 is not: libavcodec decodes it by a version of x264 that is named at the start of the file only.
     """
-    if sps[1:2] not in (b'B', b'M', b'd', b'n', b'z'):  # Baseline, Main, High, High 10, High 4:2:2
-        return False
-    bits = iter(''.join(f'{byte:08b}' for byte in sps[4:].replace(b'\0\0\3', b'\0\0')))
-
-    def number() -> int:  # Exp-Golomb: as many digits follow the first 1 as zeros precede it
-        zeros = sum(1 for _ in takewhile('0'.__eq__, bits))
-        return int('1' + ''.join(islice(bits, zeros)), 2) - 1
-
-    number()  # its own
-    if sps[1] >= 100:
-        if number() == 3:  # 4:4:4 all the same
-            return False
-        number(), number()  # bits of luma and chroma
+    sets = [unit for unit in parameters if unit[0] & 31 == 7]
+    if len(sets) != 1 or sets[0][1:2] not in (b'B', b'M', b'd', b'n', b'z'):
+        return 0  # the profiles: Baseline, Main, High, High 10, High 4:2:2
+    bits = _bits(sets[0][4:])
+    _number(bits)  # its own
+    if sets[0][1] >= 100:
+        if _number(bits) == 3:  # 4:4:4 all the same
+            return 0
+        _number(bits), _number(bits)  # bits of luma and chroma
         if [*islice(bits, 2)] != ['0', '0']:  # lossless, or with matrices, which would have to be read here
-            return False
-    number()  # digits of a picture's number
-    order = number()
+            return 0
+    _number(bits)  # digits of a picture's number
+    order = _number(bits)
     if order == 1:  # a rare one, with a table
-        return False
+        return 0
     if order == 0:
-        number()
-    number(), next(bits, ''), number(), number()  # reference pictures, gaps allowed, width, height
-    return next(bits, '') == '1'
+        _number(bits)
+    _number(bits), next(bits, ''), _number(bits), _number(bits)  # references, gaps allowed, width, height
+    return int(next(bits, '0'))
+
+
+def _hevc_layers(parameters: list[bytes]) -> int:
+    """The number of temporal layers; 0 unless the stream has one size and all pictures are to be shown."""
+    sets = [unit for unit in parameters if unit[0] >> 1 == 33]
+    for unit in parameters:
+        if unit[0] >> 1 == 34:
+            bits = _bits(unit[2:])
+            _number(bits), _number(bits), next(bits, '')  # its own, its set's, dependent slices
+            if next(bits, '') != '0':
+                return 0
+    return (sets[0][2] >> 1 & 7) + 1 if len(sets) == 1 else 0
+
+
+def _bits(unit: bytes) -> Iterator[str]:
+    return iter(''.join(f'{byte:08b}' for byte in unit.replace(b'\0\0\3', b'\0\0')))
+
+
+def _number(bits: Iterator[str]) -> int:
+    """Exp-Golomb: as many digits follow the first 1 as zeros precede it."""
+    zeros = sum(1 for _ in takewhile('0'.__eq__, bits))
+    return int('1' + ''.join(islice(bits, zeros)), 2) - 1
