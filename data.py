@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from video import VideoReader
 
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp')
+IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp', '.tif', '.tiff')
 VIDEO_ENDINGS = tuple(
     '.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .wmv .asf .ts .mts .m2ts .vob .ogv .3gp .3g2 .mxf'.split()
 )

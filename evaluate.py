@@ -73,18 +73,19 @@ def class_name(names: list[str] | None, label: int) -> str:
 
 def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, count: int = 5) -> list[str]:
     """A line for each of the classes with most errors: how many, and what it is mostly taken for."""
-    readable = ~np.isnan(scores[:, 0])
-    predicted, labels = scores[readable].argmax(1), np.asarray(labels)[readable]
+    labels, unreadable = np.asarray(labels), np.isnan(scores[:, 0])
+    predicted = np.where(unreadable, -1, scores.argmax(1))
     wrong = predicted != labels
     errors = np.bincount(labels[wrong], minlength=scores.shape[1])
     lines = []
     for label in np.argsort(-errors, kind='stable')[:count]:
         if errors[label]:
-            taken = np.bincount(predicted[wrong & (labels == label)], minlength=scores.shape[1])
+            taken = np.bincount(predicted[wrong & ~unreadable & (labels == label)], minlength=scores.shape[1])
             likeliest = [other for other in np.argsort(-taken, kind='stable')[:3] if taken[other]]
             shown = ', '.join(f'{class_name(names, i)} ({taken[i]})' for i in likeliest)
             total = (labels == label).sum()
-            lines.append(f'{class_name(names, label)}: {errors[label]} of {total} wrong, taken for {shown}')
+            shown = f'taken for {shown}' if shown else 'unreadable'
+            lines.append(f'{class_name(names, label)}: {errors[label]} of {total} wrong, {shown}')
     return lines
 
 
@@ -315,6 +316,7 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
         )
     classes = list(network.head(kind).parameters())[-1].shape[0]
     samples = sources.read_list(val_list, val_root, classes, not args.images, names[kind])
+    sources.check_there(samples, val_list, '--val-root')
     if os.path.isdir(val_list):
         names[kind] = names[kind] or sources.class_names(val_list)
     if args.images:

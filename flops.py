@@ -110,8 +110,9 @@ def main() -> None:
         parser.add_argument(flag, type=float, nargs=2, default=default, metavar=('IS', 'ENCODED'), help=text)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if name != 'plan' and min(value if isinstance(value, (list, tuple)) else [value]) <= 0:
-            parser.error(f'--{name.replace("_", "-")} must be above 0')
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name != 'plan' and not all(0 < value < math.inf for value in values):
+            parser.error(f'--{name.replace("_", "-")} must be above 0, and finite')
     with torch.device('meta'):
         network = OmniSlowOnly()
         test_view, clip, image = (

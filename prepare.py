@@ -15,7 +15,6 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import glob
 import os
 import shutil
 import sys
@@ -35,6 +34,8 @@ from torch import Tensor
 
 import data
 from runtime import sources
+from runtime.distributed import open_outputs
+from runtime.log import locked
 from runtime.parallel import in_parallel
 from video import VideoReader, upright
 
@@ -42,20 +43,21 @@ from video import VideoReader, upright
 
 
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
-    """Read all files of a list or of class folders as training and evaluation do, and every frame.
+    """Read all files of a list or below a folder as training and evaluation do, and every frame.
 
     Returns how many there are, and `path: reason` of each bad one.
     """
+    endings = data.VIDEO_ENDINGS + data.IMAGE_ENDINGS
     if os.path.isdir(source):
-        endings = data.VIDEO_ENDINGS + data.IMAGE_ENDINGS
-        paths = [path for path, _ in sources.class_files(source, sources.class_names(source), endings)]
+        paths = [path for path in sources.files_below(source) if path.lower().endswith(endings)]
+        if not paths:
+            raise ValueError(f'{source}: no file below it ends with any of {" ".join(endings)}')
+    elif source.lower().endswith(endings):
+        paths = [source]
     else:
         samples = sources.read_list(source, root, videos=True)
+        sources.check_there(samples, source, '--root')
         paths = [samples.path(index) for index in range(len(samples))]
-        if not any(map(os.path.exists, paths)):
-            raise ValueError(
-                f'{paths[0]}: no such file, nor any other of {source}; --root names their folder'
-            )
     jobs = [(path,) for path in dict.fromkeys(paths)]
     results = in_parallel(check_file, jobs, 'checking')
     return len(jobs), sorted(f'{path}: {reason}' for (path,), reason in results if reason)
@@ -71,16 +73,24 @@ def check_file(path: str) -> None:
     data.VideoDataset(None).load(path, rng)
     data.VideoDataset(None, 'val').load(path, None)  # resizes whole frames
     with VideoReader(path) as video:
-        check_whole(video)
-        for _ in video.frames(range(len(video))):
-            pass
+        check_end(video, len(video))  # which says more than the error of a torn packet would
+        count, last = 0, None
+        for number, frame in video.decode():
+            count, last = number + 1, frame
+        check_end(video, count, last)
 
 
-def check_whole(video: VideoReader) -> None:
-    """ValueError where the file has lost its end, so that much of what its header counts is not there. (Some
-    headers are off by a few frames.)"""
-    if len(video) < 0.9 * video.stream.frames:
-        raise ValueError(f'only {len(video)} of {video.stream.frames} frames are there')
+def check_end(video: VideoReader, count: int, last: av.VideoFrame | None = None) -> None:
+    """ValueError where a file of `count` frames has lost its end, by what its header says.
+
+    It is taken at its word only where much is missing: counts may be off by a few frames, and the length, for
+    containers that count nothing, is of sound and long last frames too.
+    """
+    if count < max(len(video), 0.9 * video.stream.frames):
+        raise ValueError(f'only {count} of {max(len(video), video.stream.frames)} frames can be decoded')
+    duration = (video.stream.container.duration or 0) / av.time_base
+    if not video.stream.frames and last and last.time is not None and last.time < duration / 2 - 1:
+        raise ValueError(f'ends after {last.time:.1f} of {duration:.1f} seconds')
 
 
 # encode: the same files, smaller and quick to decode -----------------------------------------------------
@@ -103,7 +113,7 @@ def encode(
             f'{target}: the copy needs a folder of its own, not in {source}, or it is read as data'
         )
     jobs = []
-    for path in sorted(glob.glob(f'{glob.escape(source)}/**/*', recursive=True)):
+    for path in sources.files_below(source):
         if path.lower().endswith(data.VIDEO_ENDINGS + data.IMAGE_ENDINGS):
             jobs.append((path, os.path.join(target, os.path.relpath(path, source)), short_side, gop, crf))
     if not jobs:
@@ -111,6 +121,11 @@ def encode(
         raise ValueError(f'{source}: no videos or images below it; they end with {endings}')
     for folder in {os.path.dirname(job[1]): 0 for job in jobs}:
         os.makedirs(folder, exist_ok=True)
+    if there := sum(os.path.exists(copy) for _, copy, *_ in jobs):
+        print(f'{there} of {len(jobs)} files are in {target} and stay as they are, whatever their settings')
+    lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
+    if not locked(lock):
+        raise ValueError(f'{target} is in use by another encode')
     try:
         with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
             bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
@@ -173,15 +188,15 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     `fastdecode` neither CABAC nor deblocking.
     """
     with VideoReader(source) as video, av.open(target, 'w', format='mp4') as container:
-        check_whole(video)
-        rate, count = video.stream.average_rate or 30, 0
+        check_end(video, len(video))
+        rate = video.stream.average_rate or 30
         options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode'}
         options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'
         stream = container.add_stream('libx264', rate=rate, options=options)
         codec, reformatter = stream.codec_context, VideoReformatter()
         codec.pix_fmt, codec.thread_count = 'yuv420p', 1
-        for number, frame in video.decode():
-            frame = upright_yuv(frame)
+        for number, source_frame in video.decode():
+            frame = upright_yuv(source_frame)
             if not number:
                 side = min(short_side, frame.width, frame.height)
                 sides = data.short_side_to(side, frame.height, frame.width)
@@ -197,10 +212,8 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
             frame.pts, frame.time_base = number, 1 / rate
             frame.pict_type = PictureType.NONE  # else it would be a key frame again where it was one
             container.mux(stream.encode(frame))
-            count = number + 1
         container.mux(stream.encode(None))
-        if count < len(video):
-            raise ValueError(f'only {count} of {len(video)} frames can be decoded')
+        check_end(video, number + 1, source_frame)
 
 
 def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
@@ -403,7 +416,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     command('demo', make_demo)('dir', metavar='DIR')
 
     add = command('check', check)
-    add('source', metavar='LIST-or-DIR', help='"path label" lines, or a folder of class folders')
+    add('source', metavar='LIST-or-DIR', help='"path label" lines, or a folder of videos or images')
     add('--root', default='', help='folder that the paths of a list are below')
     add('--out', default='bad_samples.txt', help='what is bad (default: %(default)s)')
 
@@ -438,8 +451,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a shell can have closed them
-        stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # file names may be anything
+    open_outputs()
     try:
         if args.command == 'demo':
             make_demo(args.dir)

@@ -125,7 +125,7 @@ def load(path: str | os.PathLike) -> dict:
     state = saved.get('state_dict', saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f'{path}: no weights found in it; expected a checkpoint of train.py or of MMAction2')
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {key.removeprefix('module.'): value for key, value in state.items() if isinstance(value, Tensor)}
     return {'model': from_mmaction2(state) if any(key.startswith('cls_head.') for key in state) else state}
 
 

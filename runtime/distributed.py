@@ -35,9 +35,7 @@ def processes(program: str):
     Inside, a mistake of the user's (UserError, OSError) ends every process with one line and status 1, and so
     does the death of one of them or of a loader worker. Anything else shows its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')  # file names need not be UTF-8
+    open_outputs()
     try:
         try:
             yield join(program)
@@ -66,6 +64,15 @@ def processes(program: str):
         if dist.is_initialized():
             dist.destroy_process_group()
             gc.collect()  # DDP's cycles hold its threads, which abort an interpreter that they outlive
+
+
+def open_outputs() -> None:
+    """Have both outputs take any file name, UTF-8 or not, and swallow all where a shell has closed them."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))
+        if hasattr(getattr(sys, name), 'reconfigure'):
+            getattr(sys, name).reconfigure(encoding='utf-8', errors='surrogateescape')
 
 
 def leave(status: int) -> None:
@@ -171,9 +178,9 @@ def stop_together(trouble: str) -> None:
 def show(text: str = '', file=None) -> None:
     """Print a line, on the main process only and above progress bars. A reader that has gone, as `head` does,
     ends nothing."""
-    file = file or sys.stdout
-    if rank() or file is None:  # as it is where a shell has closed it
+    if rank():
         return
+    file = file or sys.stdout
     try:
         tqdm.write(text, file=file)
         file.flush()

@@ -8,11 +8,21 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from runtime.distributed import rank
+
+
+def locked(file: TextIO) -> bool:
+    """Lock an open file for this process, until that ends, however it ends; False where another has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others mean a file system without locks
+    return True
 
 
 class Log:
@@ -28,11 +38,8 @@ class Log:
         self.folder, self.device, self.board = folder, device, None
         self.file = open(folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
         if rank() == 0:
-            try:  # a lock that ends with the process, however that ends
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):  # others mean a file system without locks
-                    raise OSError(f'{folder} is in use by a run; --work-dir takes another folder') from None
+            if not locked(self.file):
+                raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
         self.reset()
 
     def open_board(self, steps: int) -> None:

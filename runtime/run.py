@@ -168,7 +168,7 @@ class Run:
             name = self.sampler.first
             left = f'{self.sampler.sizes[name] - self.done[name]} {name}s of epoch {self.epoch + 1}'
             show(f'{len(statistics)} processes -> {world_size()}: the other {left} are dealt out anew')
-        harmless = ('work_dir', 'resume', 'workers', 'save_minutes', 'log_interval')
+        harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(self.args).items():
             was = saved['settings'].get(key, value)
             if was != value is not None and key not in harmless:

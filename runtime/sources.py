@@ -5,6 +5,8 @@ with a checkpoint's. Begin with `open_sources`; the format of a list is with `re
 import argparse
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -68,13 +70,18 @@ def open_list(
             '`python train.py --demo` makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
+    check_there(samples, list_file, f'--{prefix.replace("_", "-")}-root')
+    return samples
+
+
+def check_there(samples: data.Samples, list_file: str, flag: str) -> None:
+    """FileNotFoundError where none of the first files is there; `flag` is the one that names their folder."""
     start = [samples.path(i) for i in range(min(10, len(samples)))]
     if not any(os.path.exists(path) for path in start):
         raise FileNotFoundError(
-            f'{start[0]}: no such file, nor any other of the first of {list_file}; '
-            f'--{prefix.replace("_", "-")}-root names the folder that they are below, now {root!r}'
+            f'{start[0]}: no such file, nor any other of the first of {list_file}; {flag} names the folder '
+            f'that they are below, now {samples.root!r}'
         )
-    return samples
 
 
 def check_classes(
@@ -91,6 +98,8 @@ def check_classes(
             f'{list_file}: no {name} of {len(empty)} of the {classes} classes, such as {first}'
             + ('; labels are expected to count from 0' if empty[0] == 0 else '')
         )
+    if twice := [label for label, count in Counter(labels or ()).items() if count > 1]:
+        show(f'{list_file}: {len(twice)} class names stand for several classes, such as {twice[0]}')
     endings = tuple(ending.encode() for ending in data.IMAGE_ENDINGS)
     pictures = sum(path.lower().endswith(endings) for path in samples.paths) if name == 'video' else 0
     if pictures:
@@ -109,7 +118,8 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
     for source in sources:
         name, before, now = source.name, saved.get(f'{source.name}_labels'), source.labels
         if before and now and before != now:
-            label = next((i for i, pair in enumerate(zip(before, now)) if pair[0] != pair[1]), len(now))
+            same = min(len(before), len(now))
+            label = next((i for i in range(same) if before[i] != now[i]), same)
             was, new = (names[label] if label < len(names) else 'none' for names in (before, now))
             raise ValueError(
                 f'{path}: {name} label {label} was {was!r} there and is {new!r} now; --init starts a new '
@@ -209,15 +219,27 @@ def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list
         )
     numbers = {name: number for number, name in enumerate(names)}
     files = [
-        (os.path.join(below, file), numbers[name])
+        (path, numbers[name])
         for name in class_names(folder)
-        for below, _, found in sorted(os.walk(os.path.join(folder, name), followlinks=True))
-        for file in sorted(found)
-        if file.lower().endswith(endings) and not file.startswith('.')
+        for path in files_below(os.path.join(folder, name), (os.path.realpath(folder),))
+        if path.lower().endswith(endings)
     ]
     if not files:
         raise ValueError(f'{folder}: no file in its class folders ends with any of {" ".join(endings)}')
     return files
+
+
+def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files of a folder at any depth, hidden ones aside, in alphabetical order. Links are followed, but
+    not back up to one of the folders `above`."""
+    real = os.path.realpath(folder)
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if real not in above else ():
+        if entry.name.startswith('.'):
+            continue
+        if entry.is_dir():
+            yield from files_below(entry.path, (*above, real))
+        else:
+            yield entry.path
 
 
 def read_label_map(path: str) -> list[str]:

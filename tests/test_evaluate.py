@@ -36,10 +36,11 @@ def test_metrics_equal_the_reference():
 def test_confusions_name_the_classes_with_most_errors():
     labels = np.array([0, 0, 0, 1, 1, 2, 2])
     scores = np.eye(3)[[0, 1, 1, 2, 1, 2, 0]]
-    scores[-1] = np.nan  # unreadable: it is taken for nothing
+    scores[-1] = np.nan  # unreadable: wrong, but taken for nothing
     assert evaluate.confusions(scores, labels, ['a', 'b', 'c']) == [
         'a: 2 of 3 wrong, taken for b (2)',
         'b: 1 of 2 wrong, taken for c (1)',
+        'c: 1 of 2 wrong, unreadable',
     ]
     assert evaluate.confusions(np.eye(3), np.arange(3), None) == []
 

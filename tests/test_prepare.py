@@ -1,6 +1,7 @@
 """Data is made ready: what is bad is named, copies keep names and colours, pictures show what was drawn."""
 
 import os
+import re
 import resource
 import signal
 import struct
@@ -203,8 +204,50 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
     Path('in/a/torn.mp4').write_bytes(content[: len(content) // 2])
     for command in ('check in', 'encode in out'):
         ends_with(1, command)
-        assert 'in/a/torn.mp4: only 2' in capsys.readouterr().out, command
+        assert re.search('in/a/torn.mp4: only \\d\\d of 60 frames', capsys.readouterr().out), command
     assert not Path('out/a/torn.mp4').exists()
+
+
+def test_a_webm_that_has_lost_most_of_it_is_named(folder, capsys):
+    write_video('whole.webm', num_frames=300, codec='libvpx', size=(96, 128))
+    os.makedirs('in')
+    content = Path('whole.webm').read_bytes()
+    Path('in/torn.webm').write_bytes(content[: len(content) // 5])
+    Path('in/whole.webm').write_bytes(content)
+    ends_with(1, 'check in')
+    assert re.search(
+        r'in: 2 files, 1 of .*\nin/torn.webm: ends after \d.\d of 10.0 s', capsys.readouterr().out
+    )
+
+
+def test_links_are_followed_but_not_in_a_circle(folder, capsys):
+    os.makedirs('in/a/b')
+    write_video('in/a/b/1.mp4')
+    os.symlink('..', 'in/a/up')
+    os.symlink('a', 'in/z')
+    os.symlink('in', 'out')
+    names, endings = sources.class_names('in'), ('.mp4',)
+    assert sources.class_files('in', names, endings) == [('in/a/b/1.mp4', 0), ('in/z/b/1.mp4', 1)]
+    prepare.main('check in'.split())
+    assert 'in: 2 files, 0' in capsys.readouterr().out
+    os.unlink('out')
+    prepare.main('encode in out'.split())
+    assert sorted(str(p) for p in Path('out').rglob('*.mp4')) == ['out/a/b/1.mp4', 'out/z/b/1.mp4']
+    prepare.main('encode in out --crf 30'.split())
+    assert '2 of 2 files are in out and stay as they are' in capsys.readouterr().out
+
+
+def test_one_encode_at_a_time(folder):
+    os.makedirs('in')
+    write_video('in/a.mp4')
+    os.makedirs('out')
+    code = 'import fcntl; f = open("out/bad_samples.txt", "a"); fcntl.lockf(f, 6); print(flush=True); input()'
+    other = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match='out is in use by another encode'):
+        prepare.encode('in', 'out')
+    other.communicate(b'\n')
+    assert prepare.encode('in', 'out') == (1, [])
 
 
 COLOURS = np.array(
@@ -294,7 +337,7 @@ def test_encode_leaves_nothing_half_written_on_a_full_disk(folder, fails, monkey
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 'File too large' in line and 'out/' in line
-    assert os.listdir(folder / 'out') == []
+    assert os.listdir(folder / 'out') == ['bad_samples.txt']
 
 
 def test_ctrl_c_is_one_line(folder):
@@ -308,7 +351,7 @@ def test_ctrl_c_is_one_line(folder):
             break
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to its processes too
     assert process.communicate() == ('', 'prepare.py: stopped\n') and process.returncode == 130
-    assert os.listdir('out') == []
+    assert os.listdir('out') == ['bad_samples.txt']
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -424,15 +467,19 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     ('command', 'message'),
     [
         ('check nowhere.txt', "No such file or directory: 'nowhere.txt'"),
-        ('check data/demo/videos_train', 'videos_train: no class folders in it, 32 files such as checks_'),
-        ('check data/demo/video_train.txt', 'nor any other of data/demo/video_train.txt; --root names their'),
+        ('check empty', 'empty: no file below it ends with any of .mp4'),
+        (
+            'check data/demo/video_train.txt',
+            'nor any other of the first of data/demo/video_train.txt; --root',
+        ),
         ('encode nowhere out', 'nowhere: no such folder'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
         ('encode data/demo data/demo/small', 'data/demo/small: the copy needs a folder of its own'),
         ('demo data/demo/video_train.txt', 'Not a directory'),
     ],
 )
-def test_mistakes_are_one_line(fails, command, message):
+def test_mistakes_are_one_line(demo, fails, command, message):
+    (demo / 'empty').mkdir(exist_ok=True)
     line = fails(prepare.main, command)
     assert line.startswith('prepare.py: ') and message in line
 
