@@ -424,18 +424,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('src', metavar='SRC')
     add('dst', metavar='DST', help='what is bad is listed in its bad_samples.txt')
     add('--short-side', type=data.positive, default=256, help='(default: %(default)s, or less)')
-    add(
-        '--gop',
-        type=data.positive,
-        default=4,
-        help='frames from key to key; more is smaller (default: %(default)s)',
-    )
-    add(
-        '--crf',
-        type=data.positive,
-        default=21,
-        help="libx264's quality; more is smaller (default: %(default)s)",
-    )
+    add('--gop', type=data.positive, default=4, help='frames from key to key (default: %(default)s)')
+    add('--crf', type=data.positive, default=21, help='of libx264, more is smaller (default: %(default)s)')
 
     add = command('show', show)
     add('out', metavar='OUT.png')
@@ -471,9 +461,10 @@ def main(argv: list[str] | None = None) -> None:
 def report(source: str, count: int, bad: list[str], out: str) -> None:
     """Say how many files are bad, write down which, and end with 1 if any is."""
     print(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
+    if bad or os.path.exists(out):  # of an earlier time
+        Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
     if bad:
         print('\n'.join(bad[:10]) + '\n...' * (len(bad) > 10))
-        Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
         sys.exit(1)
 
 

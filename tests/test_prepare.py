@@ -233,7 +233,9 @@ def test_links_are_followed_but_not_in_a_circle(folder, capsys):
     os.unlink('out')
     prepare.main('encode in out'.split())
     assert sorted(str(p) for p in Path('out').rglob('*.mp4')) == ['out/a/b/1.mp4', 'out/z/b/1.mp4']
+    Path('out/bad_samples.txt').write_text('of an earlier time')
     prepare.main('encode in out --crf 30'.split())
+    assert Path('out/bad_samples.txt').read_text() == ''
     assert '2 of 2 files are in out and stay as they are' in capsys.readouterr().out
 
 
