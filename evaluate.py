@@ -40,6 +40,8 @@ VAL_ROOT = 'data/kinetics400/videos_val'
 IMAGE_VAL_LIST = 'data/imagenet/meta/val.txt'
 IMAGE_VAL_ROOT = 'data/imagenet/val'
 
+NO_NUMBERS = 'the network gives scores that are not numbers, computing'
+
 # Pixels of all frames in one forward pass. A CPU is fastest with small ones, two views of 8x256x256, as large
 # tensors cost it page faults; a GPU wants more, and 16 such views take about 3 GB in fp32.
 PIXELS_PER_PASS = {'cpu': 2**20, 'cuda': 2**23}
@@ -99,10 +101,7 @@ def score_views(network: nn.Module, source: str, views: torch.Tensor, precision:
         with distributed.autocast(device, precision):
             logits = network({source: part.to(device, non_blocking=True)})[source]
         scores.append(logits.float().softmax(1))
-    scores = torch.cat(scores).cpu()
-    if not scores.isfinite().all():
-        raise UserError(f'the network gives scores that are not numbers, computing in {precision}')
-    return scores
+    return torch.cat(scores).cpu()
 
 
 def predict(
@@ -211,6 +210,8 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
     if network.head(kind) is None:
         raise ValueError(f'this checkpoint has no head for {kind}s')
     scores = score_views(network, kind, dataset.load(path, None), args.precision)  # (crops x clips, classes)
+    if not scores.isfinite().all():
+        raise ValueError(f'{NO_NUMBERS} in {args.precision}')
     lines = [f'{path} ({kind})']
     if args.timeline and kind == 'video':
         with VideoReader(path) as video:
@@ -287,8 +288,6 @@ def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, n
     for path in args.files:
         try:
             show(classify(network, path, args, settings, names))
-        except UserError:
-            raise
         except Exception as error:  # damaged files raise whatever the decoder trips over
             failed = True
             show(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
@@ -333,6 +332,8 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     scores, labels, bad = predict(
         network, kind, dataset, args.precision, 16 if args.images else 1, workers, f'{len(dataset)} {kind}s'
     )
+    if np.isnan(scores[:, 0]).sum() > len(bad):
+        raise UserError(f'{args.ckpt}: {NO_NUMBERS} in {args.precision}')
     for line in bad:
         show(f'unreadable, counted as wrong: {line}', file=sys.stderr)
     result = accuracy(scores, labels)

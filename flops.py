@@ -59,7 +59,7 @@ def parameters(module: nn.Module) -> int:
 def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
     """Print what 256 epochs on Kinetics-400 and ImageNet take, where CPUs decode what GPUs learn from."""
     videos, images, epochs = 240_435, 1_281_167, 256
-    steps = videos // (16 * args.gpus)
+    steps = max(videos // (16 * args.gpus), 1)
     images_per_gpu = images // (steps * args.gpus)
     clips, pictures = (epochs * steps * args.gpus * count for count in (16, images_per_gpu))
     work = 3 * 2 * (clips * clip_macs + pictures * image_macs)  # the backward pass costs two forward passes

@@ -21,6 +21,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -73,24 +74,28 @@ def check_file(path: str) -> None:
     data.VideoDataset(None).load(path, rng)
     data.VideoDataset(None, 'val').load(path, None)  # resizes whole frames
     with VideoReader(path) as video:
-        check_end(video, len(video))  # which says more than the error of a torn packet would
-        count, last = 0, None
-        for number, frame in video.decode():
-            count, last = number + 1, frame
-        check_end(video, count, last)
+        check_end(video)
+        for _ in video.frames(range(len(video))):
+            pass
 
 
-def check_end(video: VideoReader, count: int, last: av.VideoFrame | None = None) -> None:
-    """ValueError where a file of `count` frames has lost its end, by what its header says.
+def check_end(video: VideoReader) -> None:
+    """ValueError where a file has lost its end, by what its header says.
 
-    It is taken at its word only where much is missing: counts may be off by a few frames, and the length, for
-    containers that count nothing, is of sound and long last frames too.
+    It is taken at its word only where much is missing: counts may be off by a few frames, and the length,
+    which is all that Matroska and WebM have, is that of sound and of a long last frame too.
     """
-    if count < max(len(video), 0.9 * video.stream.frames):
-        raise ValueError(f'only {count} of {max(len(video), video.stream.frames)} frames can be decoded')
-    duration = (video.stream.container.duration or 0) / av.time_base
-    if not video.stream.frames and last and last.time is not None and last.time < duration / 2 - 1:
-        raise ValueError(f'ends after {last.time:.1f} of {duration:.1f} seconds')
+    packets, last = 0, 0.0
+    options = {'ignore_editlist': '1'}  # what MP4 hides by it is counted
+    with av.open(video.path, options=options, metadata_errors='ignore') as container:
+        stream = container.streams[video.stream.index]
+        for packet in container.demux(stream):
+            packets, last = packets + 1, max(last, float((packet.pts or 0) * stream.time_base))
+        duration = (container.duration or 0) / av.time_base
+    if packets < 0.9 * stream.frames:
+        raise ValueError(f'only {packets} of {stream.frames} frames are there')
+    if not stream.frames and last < duration / 2 - 1:
+        raise ValueError(f'ends after {last:.1f} of {duration:.1f} seconds')
 
 
 # encode: the same files, smaller and quick to decode -----------------------------------------------------
@@ -142,7 +147,7 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     A finished `target` is left alone; one that is there is finished, as it is written beside and renamed.
     Raises OSError where it cannot be written; a damaged source can raise any Exception.
     """
-    if os.path.exists(target):
+    if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
     part = f'{target}.part'
     try:
@@ -188,15 +193,15 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     `fastdecode` neither CABAC nor deblocking.
     """
     with VideoReader(source) as video, av.open(target, 'w', format='mp4') as container:
-        check_end(video, len(video))
-        rate = video.stream.average_rate or 30
+        check_end(video)
+        rate, count = video.stream.average_rate or Fraction(30), 0
         options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode'}
         options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'
         stream = container.add_stream('libx264', rate=rate, options=options)
         codec, reformatter = stream.codec_context, VideoReformatter()
         codec.pix_fmt, codec.thread_count = 'yuv420p', 1
-        for number, source_frame in video.decode():
-            frame = upright_yuv(source_frame)
+        for number, frame in video.decode():
+            frame = upright_yuv(frame)
             if not number:
                 side = min(short_side, frame.width, frame.height)
                 sides = data.short_side_to(side, frame.height, frame.width)
@@ -212,8 +217,10 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
             frame.pts, frame.time_base = number, 1 / rate
             frame.pict_type = PictureType.NONE  # else it would be a key frame again where it was one
             container.mux(stream.encode(frame))
+            count = number + 1
         container.mux(stream.encode(None))
-        check_end(video, number + 1, source_frame)
+        if count < len(video):
+            raise ValueError(f'only {count} of {len(video)} frames can be decoded')
 
 
 def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:

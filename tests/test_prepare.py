@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 import prepare
-from runtime import sources
+from runtime import parallel, sources
 from video import VideoReader
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
@@ -106,7 +106,8 @@ def kill_or_read(name):
         raise MemoryError
 
 
-def test_a_file_that_kills_its_process_is_named():
+def test_a_file_that_kills_its_process_is_named(monkeypatch):
+    monkeypatch.setattr(parallel, 'AT_ONCE', 3)
     jobs = [(name,) for name in ('1', 'bad', '2', 'memory', '3')]
     results = sorted(prepare.in_parallel(kill_or_read, jobs, 'reading'))
     killed = 'its process died: a crash of the decoder, or no memory'
@@ -206,6 +207,20 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
         ends_with(1, command)
         assert re.search('in/a/torn.mp4: only \\d\\d of 60 frames', capsys.readouterr().out), command
     assert not Path('out/a/torn.mp4').exists()
+    os.makedirs('cut')
+    with (
+        av.open('whole.mp4') as whole,
+        av.open('cut/cut.mp4', 'w') as file,
+    ):  # as `ffmpeg -ss 1.5 -c copy` does
+        stream = file.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts = (t - int(1.5 / packet.time_base) for t in (packet.pts, packet.dts))
+                packet.stream = stream
+                file.mux(packet)
+    with VideoReader('cut/cut.mp4') as video:
+        assert len(video) < 20 and video.stream.frames == 60
+    prepare.main('check cut'.split())
 
 
 def test_a_webm_that_has_lost_most_of_it_is_named(folder, capsys):
