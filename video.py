@@ -272,19 +272,19 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
 
 
 def _kind(name: str, extradata: bytes, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
-    if name == 'vp8':
-        shown = memoryview(packet)[0] >> 4 & 1
-    elif name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
+    if name == 'vp8' and not memoryview(packet)[0] & 16:
+        return HIDDEN
+    if name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
         head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
         head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
-        if head not in extradata or len(picture) < 16 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
+        if head not in extradata or len(picture) < 8 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
             return None
-        shown = 1
-    else:  # the pictures of a packet come apart, those that are not shown without a time
+    if name in ('vp9', 'av1'):  # what is in a packet comes apart, pictures that are not shown without a time
         copy = av.Packet(bytes(packet))
         copy.pts = 0
-        shown = sum(picture.pts is not None for picture in splitter.filter(copy))
-    return {0: HIDDEN, 1: STARTS if packet.is_keyframe else FOLLOWS}.get(shown)
+        if sum(picture.pts is not None for picture in splitter.filter(copy)) != 1:
+            return None
+    return STARTS if packet.is_keyframe else FOLLOWS
 
 
 def _h264(prefix: int, parameters: list[bytes], packet: av.Packet) -> int | None:
