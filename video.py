@@ -125,8 +125,6 @@ class VideoReader:
             try:
                 for frame in self._decode_group(start, set(places[start_of == start].tolist())):
                     number = index.number.get(frame.pts, last)
-                    if number < first:  # comes after the start, but is shown before it
-                        continue
                     if number <= last or frame.is_corrupt or number == first and not frame.key_frame:
                         return
                     last = number
@@ -329,11 +327,9 @@ def _units(data: bytes | av.Packet, prefix: int) -> Iterator[bytes | memoryview]
     data, at = memoryview(data), 0
     while at + prefix < len(data):
         size = int.from_bytes(data[at : at + prefix], 'big')
-        at += prefix + size
-        if at > len(data):
-            raise IndexError('a unit is cut off')
         if size:
-            yield data[at - size : at]
+            yield data[at + prefix : at + prefix + size]
+        at += prefix + size
 
 
 def _h264_layers(parameters: list[bytes]) -> int:

@@ -13,7 +13,7 @@ from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from conftest import ROOT, decode_all, write_video
 
-from video import SPLITTERS, VideoReader
+from video import SPLITTERS, VideoReader, _units
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
 
@@ -394,7 +394,9 @@ def packets_of(path):
         return [packet for packet in container.demux(video=0) if packet.size]
 
 
-@pytest.mark.parametrize('name', ['vp8', 'vp9', 'av1', 'mpeg4 in AVI'])
+@pytest.mark.parametrize(
+    'name', ['vp8', 'vp9', 'av1', 'mpeg4 in AVI', 'hevc with parameters in every key frame']
+)
 @pytest.mark.parametrize('stated', [0, 1])
 def test_key_frames_of_another_size(name, stated, tmp_path):
     """Two streams as one: whichever size the container states, all have the first frame's."""
@@ -504,22 +506,82 @@ def test_hevc_pictures_that_are_dropped(reason, tmp_path):
     check(tmp_path / 'b.mp4', expected)
 
 
-def test_times_that_do_not_fit(tmp_path):
-    """The same times again, times between others', or a capture's: it begins between key frames."""
+@pytest.mark.parametrize('codec', ['libx264', 'libx265'])
+def test_half_pictures(codec, tmp_path):
+    """Slices in packets of their own; what is in the other half of a picture then, none can say."""
+    options = {'g': '10', 'bf': '0', 'slices': '2'}
+    options['x265-params'] = 'keyint=10:bframes=0:slices=2:log-level=none'
+    path = write_video(tmp_path / 'a.mkv', 20, codec, (128, 64), options)
+    halves = [(packet, bytes(unit)) for packet in packets_of(path) for unit in _units(packet, 4)]
+    halves = [(packet, unit) for packet, unit in halves if unit[0] not in (0x06, 0x4E)]  # without messages
+    with av.open(path) as source, av.open(str(tmp_path / 'b.mkv'), 'w') as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for number, (packet, unit) in enumerate(halves):
+            half = with_content(packet, len(unit).to_bytes(4, 'big') + unit)
+            half.pts, half.dts, half.stream = 20 * number, 20 * number, stream
+            copy.mux(half)
+    assert len(packets_of(tmp_path / 'b.mkv')) == 40
+    with VideoReader(tmp_path / 'b.mkv') as video:
+        assert len(video) == len(decode_all(tmp_path / 'b.mkv'))
+
+
+def test_two_pictures_shown_in_one_packet(tmp_path):
+    path = write_video(tmp_path / 'a.webm', 40, 'libvpx-vp9', options={'g': '10'})
+
+    def change(number, packet):
+        if number % 7 != 5:
+            return packet
+        sizes = b'\xc9' + len(bytes(packet)).to_bytes(2, 'little') + b'\1\0\xc9'
+        return with_content(packet, bytes(packet) + b'\x88' + sizes)  # the first that is kept, once more
+
+    copy_packets(path, tmp_path / 'b.webm', change)
+    expected = decode_all(tmp_path / 'b.webm')
+    assert len(expected) == 45
+    check(tmp_path / 'b.webm', expected)
+
+
+def test_a_key_frame_that_needs_the_header_before(tmp_path):
+    """One of AV1 without the sequence header, which the others have."""
+    file, options = FROM_THE_MIDDLE['av1']
+    path = write_video(tmp_path / file, **options)
+
+    def change(number, packet):
+        content = bytes(packet)
+        has_header = content[0] >> 3 == 1 and number > 0
+        return with_content(packet, content[2 + content[1] :]) if has_header else packet
+
+    copy_packets(path, tmp_path / f'b{file}', change)
+    assert packets_of(path)[12].size > packets_of(tmp_path / f'b{file}')[12].size
+    check(tmp_path / f'b{file}', decode_all(path))
+
+
+@pytest.mark.parametrize('name', ['h264 in MKV', 'hevc with open GOPs', 'vp9', 'mpeg4 in MP4'])
+@pytest.mark.parametrize('shift', [0, 16])
+def test_times_that_do_not_fit(name, shift, tmp_path):
+    """The same times again, or times between others'."""
+    path = write_video(tmp_path / 'a.mkv', **FROM_THE_MIDDLE[name][1])
+    packets = packets_of(path)
+    with av.open(path) as source, av.open(str(tmp_path / 'b.mkv'), 'w') as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0], opaque=True)
+        for number, packet in enumerate([*packets, *packets]):
+            again = with_content(packet, bytes(packet))
+            again.pts, again.dts, again.stream = (
+                packet.pts + 200 + shift * (number >= len(packets)),
+                number,
+                stream,
+            )
+            copy.mux(again)
+    expected = decode_all(tmp_path / 'b.mkv')
+    assert len(expected) == 2 * len(packets)
+    check(tmp_path / 'b.mkv', expected)
+
+
+def test_a_capture_that_begins_between_key_frames(tmp_path):
     path = Path(write_video(tmp_path / 'a.ts', 30, options={'g': '10', 'bf': '2'}))
-    late, whole = tmp_path / 'late.ts', path.read_bytes()
-
-    def delayed(number, packet):
-        packet.pts, packet.dts = packet.pts + 1500, packet.dts + 1500
-        return packet
-
-    copy_packets(path, late, delayed)
-    contents = (whole + whole, whole + late.read_bytes(), whole[20 * 188 :])
-    for content, length in zip(contents, (60, 60, 20)):
-        path.write_bytes(content)
-        expected = decode_all(path)
-        assert len(expected) == length
-        check(path, expected)
+    path.write_bytes(path.read_bytes()[20 * 188 :])
+    expected = decode_all(path)
+    assert len(expected) == 20
+    check(path, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -606,7 +668,7 @@ DAMAGE = """
 import collections, random, resource, sys
 import av
 import numpy as np
-from video import SPLITTERS, VideoReader
+from video import SPLITTERS, VideoReader, _units
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 rng, outcomes = random.Random(0), collections.Counter()
 for path in sys.argv[1:]:
@@ -651,7 +713,7 @@ def test_damaged_files_neither_hang_nor_crash(tmp_path):
 
 MEMORY = """
 import re, sys
-from video import SPLITTERS, VideoReader
+from video import SPLITTERS, VideoReader, _units
 def most():
     return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
 VideoReader(sys.argv[1])
