@@ -29,10 +29,10 @@ class VideoReader:
     codec or the key frames: the same pixels as decoding everything from the start. All frames have the size
     of the first one, should the stream change its size midway.
 
-    Where packets and frames map one to one, frames are counted without decoding and read from the last key
+    Where packets and frames map one to one, frames are counted without decoding, and read from the last key
     frame after which nothing refers to anything before: H.264 and HEVC (leaving out the pictures that are
     neither wanted nor referred to), VP8, VP9, AV1, and MPEG-4 without B-frames. Everything else is decoded
-    from the start. See `_index`.
+    from the start, to count and again to read; so is a file that turns out to be damaged where it is read.
 
     Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. What else
     PyAV raises for a damaged one comes through, on opening or on reading.
@@ -125,8 +125,6 @@ class VideoReader:
             try:
                 for frame in self._decode_group(start, set(places[start_of == start].tolist())):
                     number = index.number.get(frame.pts, last)
-                    if number < first:  # comes after the start, but is shown before it
-                        continue
                     if number <= last or frame.is_corrupt or number == first and not frame.key_frame:
                         return
                     last = number
@@ -262,7 +260,7 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
         at, picture = (4, b'\x65\x80') if name == 'h264' else (21, b'\x28\1')
         prefix = (extradata[at] & 3) + 1
         empty = av.Packet(len(picture).to_bytes(prefix, 'big') + picture)
-        [parameters] = BitStreamFilterContext(f'{name}_mp4toannexb', stream).filter(empty)
+        parameters = BitStreamFilterContext(f'{name}_mp4toannexb', stream).filter(empty)[0]
     parameters = [*_units(parameters, 0)]
     layers = _h264_layers(parameters) if name == 'h264' else _hevc_layers(parameters)
     if not layers:
@@ -272,31 +270,29 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
 
 
 def _kind(name: str, extradata: bytes, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
-    if name == 'vp8':
-        shown = memoryview(packet)[0] >> 4 & 1
-    elif name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
+    if name == 'vp8' and not memoryview(packet)[0] & 16:
+        return HIDDEN
+    if name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
         head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
         head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
-        if head not in extradata or len(picture) < 16 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
+        if head not in extradata or len(picture) < 8 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
             return None
-        shown = 1
-    else:  # the pictures of a packet come apart, those that are not shown without a time
+    if name in ('vp9', 'av1'):  # what is in a packet comes apart, pictures that are not shown without a time
         copy = av.Packet(bytes(packet))
         copy.pts = 0
-        shown = sum(picture.pts is not None for picture in splitter.filter(copy))
-    return {0: HIDDEN, 1: STARTS if packet.is_keyframe else FOLLOWS}.get(shown)
+        if sum(picture.pts is not None for picture in splitter.filter(copy)) != 1:
+            return None
+    return STARTS if packet.is_keyframe else FOLLOWS
 
 
 def _h264(prefix: int, parameters: list[bytes], packet: av.Packet) -> int | None:
     """A key frame that is not an IDR picture can be followed by pictures that need earlier ones."""
     for unit in _units(packet, prefix):
         type = unit[0] & 31
+        if type in (7, 8) and bytes(unit) not in parameters or type in (1, 5) and unit[1] < 128:
+            return None  # new parameters, or a slice that is not the first of a picture
         if type in (1, 5):  # a slice, of an IDR picture
-            if unit[1] < 128:  # not the first of a picture
-                return None
             return STARTS if type == 5 else FOLLOWS
-        if type in (7, 8) and bytes(unit) not in parameters:
-            return None
         if type == 6:  # a message: film grain, turned pictures, or libavcodec is to imitate early x264's bugs
             x264 = re.search(rb'x264 - core (\d+)', unit)
             if unit[1] in (0x13, 0x2F) or x264 and int(x264[1]) <= 33:
@@ -311,7 +307,7 @@ def _hevc(prefix: int, parameters: list[bytes], packet: av.Packet) -> int | None
         if unit[0] & 1 or unit[1] > 7:  # of another layer
             continue
         if type in (32, 33, 34) and bytes(unit) not in parameters or type == 39 and unit[2] in (0x13, 0x2F):
-            return None
+            return None  # new parameters, or a message as in H.264
         if type in (36, 37):  # the end of a sequence
             return None
         if type < 32 and kind is None:  # a slice: an IDR picture's, a CRA picture's, another's
@@ -329,11 +325,9 @@ def _units(data: bytes | av.Packet, prefix: int) -> Iterator[bytes | memoryview]
     data, at = memoryview(data), 0
     while at + prefix < len(data):
         size = int.from_bytes(data[at : at + prefix], 'big')
-        at += prefix + size
-        if at > len(data):
-            raise IndexError('a unit is cut off')
         if size:
-            yield data[at - size : at]
+            yield data[at + prefix : at + prefix + size]
+        at += prefix + size
 
 
 def _h264_layers(parameters: list[bytes]) -> int:
@@ -365,12 +359,10 @@ def _h264_layers(parameters: list[bytes]) -> int:
 def _hevc_layers(parameters: list[bytes]) -> int:
     """The number of temporal layers; 0 unless the stream has one size and all pictures are to be shown."""
     sets = [unit for unit in parameters if unit[0] >> 1 == 33]
-    for unit in parameters:
-        if unit[0] >> 1 == 34:
-            bits = _bits(unit[2:])
-            _number(bits), _number(bits), next(bits, '')  # its own, its set's, dependent slices
-            if next(bits, '') != '0':
-                return 0
+    for bits in [_bits(unit[2:]) for unit in parameters if unit[0] >> 1 == 34]:
+        _number(bits), _number(bits), next(bits, '')  # its own, its set's, dependent slices
+        if next(bits, '') != '0':
+            return 0
     return (sets[0][2] >> 1 & 7) + 1 if len(sets) == 1 else 0
 
 

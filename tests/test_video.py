@@ -9,10 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from conftest import ROOT, decode_all, write_video
 
-from video import VideoReader
+from video import SPLITTERS, VideoReader, _units
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
 
@@ -43,18 +44,54 @@ VIDEOS = {
     'h264 without loss': ('a.mp4', dict(num_frames=40, options={'qp': '0', 'g': '10'})),
     'h264 in 10 bits': ('a.mp4', dict(num_frames=20, pix_fmt='yuv420p10le')),
     'h264 in grey': ('a.mp4', dict(num_frames=20, pix_fmt='gray')),
-    'hevc': (
-        'a.mp4',
-        dict(num_frames=40, codec='libx265', size=(64, 64), options={'x265-params': 'keyint=10:log-level=0'}),
-    ),
-    'vp9': (
-        'a.webm',
-        dict(
-            num_frames=40, codec='libvpx-vp9', options={'g': '12', 'auto-alt-ref': '1', 'lag-in-frames': '12'}
-        ),
-    ),
-    'mpeg4 in AVI': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12', 'bf': '2'})),
+    'mpeg4 with B-frames': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12', 'bf': '2'})),
 }
+
+
+def x265(parameters):
+    return dict(
+        num_frames=50,
+        codec='libx265',
+        size=(64, 64),
+        options={'preset': 'veryfast', 'x265-params': f'log-level=none:{parameters}'},
+    )
+
+
+ALT_REF = {
+    'g': '14',
+    'auto-alt-ref': '1',
+    'lag-in-frames': '25',
+    'deadline': 'realtime',
+    'cpu-used': '6',
+    'b': '300000',
+}
+SVT = dict(num_frames=40, codec='libsvtav1', size=(64, 64))
+FROM_THE_MIDDLE = {  # from the start they need not be decoded, the first time or later
+    'h264': ('a.mp4', dict(num_frames=70, options={'g': '16', 'bf': '3'})),
+    'h264 in MKV': ('a.mkv', dict(num_frames=70, options={'g': '16', 'bf': '3'})),
+    'h264 in a transport stream': ('a.ts', dict(num_frames=70, options={'g': '16', 'bf': '3'})),
+    'h264 4:2:2': ('a.mp4', dict(num_frames=70, options={'g': '16', 'bf': '3'}, pix_fmt='yuv422p10le')),
+    'hevc with open GOPs': ('a.mp4', x265('keyint=12:bframes=4')),
+    'hevc with open GOPs shorter than their B-frames': ('a.mkv', x265('keyint=3:min-keyint=1:bframes=8')),
+    'hevc with closed GOPs in a transport stream': ('a.ts', x265('keyint=12:open-gop=0')),
+    'hevc with leading pictures that can be decoded': ('a.mkv', x265('keyint=12:open-gop=0:radl=2')),
+    'hevc with parameters in every key frame': ('a.mp4', x265('keyint=12:repeat-headers=1:slices=2')),
+    'hevc in temporal layers': ('a.mp4', x265('keyint=16:temporal-layers=3')),
+    'vp9': ('a.webm', dict(num_frames=40, codec='libvpx-vp9', options=ALT_REF)),
+    'vp9 in MP4': (
+        'a.mp4',
+        dict(num_frames=40, codec='libvpx-vp9', options={'g': '9', 'error-resilient': '1'}),
+    ),
+    'vp8': ('a.webm', dict(num_frames=40, codec='libvpx', options=ALT_REF)),
+    'av1': ('a.mp4', {**SVT, 'options': {'preset': '9', 'svtav1-params': 'keyint=12'}}),
+    'av1 with film grain': (
+        'a.mkv',
+        {**SVT, 'options': {'preset': '9', 'svtav1-params': 'keyint=12:film-grain=30'}},
+    ),
+    'mpeg4 in AVI': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12'})),
+    'mpeg4 in MP4': ('a.mp4', dict(num_frames=40, codec='mpeg4', options={'g': '12'})),
+}
+VIDEOS |= FROM_THE_MIDDLE
 
 
 def check(path, expected):
@@ -68,6 +105,8 @@ def check(path, expected):
             [0],
             [count - 1, 0, count // 2, count // 2],
             *rng.integers(0, count, (6, 5)),
+            *np.array_split(rng.permutation(count), -(-count // 3)),
+            range(count),
         ):
             frames = video.get_batch(indices)
             assert frames.dtype == np.uint8
@@ -75,14 +114,14 @@ def check(path, expected):
 
 
 def copy_packets(source, target, change=lambda number, packet: packet, **options):
-    """A file with the packets of the video `source`, each as `change` gives it back."""
+    """A file with the packets of the video `source`, each as `change` gives it back, or without it."""
     with av.open(str(source)) as container, av.open(str(target), 'w', options=options) as copy:
-        stream = copy.add_stream_from_template(container.streams.video[0])
+        stream = copy.add_stream_from_template(container.streams.video[0], opaque=True)
         packets = (packet for packet in container.demux(video=0) if packet.size)
         for number, packet in enumerate(packets):
-            changed = change(number, packet)
-            changed.stream = stream
-            copy.mux(changed)
+            if changed := change(number, packet):
+                changed.stream = stream
+                copy.mux(changed)
 
 
 def with_content(packet, content):
@@ -103,7 +142,13 @@ def test_frames_equal_decoding_from_the_start(name, tmp_path):
 
 @pytest.mark.parametrize(
     'name',
-    ['odd/cockatoo.mp4', 'odd/yes.mkv', *sorted(f'codecs/{file.name}' for file in REAL.glob('codecs/*'))],
+    [
+        'odd/cockatoo.mp4',
+        'odd/yes.mkv',
+        'videos/Biking/v_Biking_g01_c04.avi',
+        'videos/WallPushups/v_WallPushups_g01_c04.avi',  # B-frames are packed with others
+        *sorted(f'codecs/{file.name}' for file in REAL.glob('codecs/*')),
+    ],
 )
 def test_frames_of_real_files(name):
     if not (REAL / name).exists():
@@ -119,14 +164,27 @@ def test_frames_of_real_files(name):
             np.testing.assert_array_equal(video.get_batch(indices), [expected[index] for index in indices])
 
 
-def test_what_is_read_from_the_middle_stays_so(tmp_path, monkeypatch):
-    """These need not be decoded from the start, the first time or later."""
-    for name, format in (('a.mp4', 'yuv420p'), ('a.mkv', 'yuv420p'), ('b.mp4', 'yuv422p10le')):
-        path = write_video(tmp_path / name, num_frames=70, options={'g': '16', 'bf': '3'}, pix_fmt=format)
-        expected = decode_all(path)
-        with monkeypatch.context() as context:
-            context.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
-            check(path, expected)
+@pytest.mark.parametrize('name', FROM_THE_MIDDLE)
+def test_what_is_read_from_the_middle_stays_so(name, tmp_path, monkeypatch):
+    """Of each group that is needed, and of one before it at most, the first time and later."""
+    file, options = FROM_THE_MIDDLE[name]
+    path = write_video(tmp_path / file, **options)
+    expected = decode_all(path)
+    decode_group, decoded = VideoReader._decode_group, []
+
+    def counted(self, *args):
+        for frame in decode_group(self, *args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(VideoReader, '_decode_group', counted)
+    monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
+    check(path, expected)
+    with VideoReader(path) as video:
+        for index in range(len(expected)):
+            decoded.clear()
+            np.testing.assert_array_equal(video.get_batch([index]), expected[[index]])
+            assert 0 < len(decoded) <= 34
 
 
 def test_decode_gives_every_frame_to_whoever_encodes_them(tmp_path):
@@ -313,14 +371,217 @@ def test_parameters_that_change_midway(repeated, tmp_path):
     check(tmp_path / 'both.mkv', np.stack(expected))
 
 
-def test_a_size_that_changes_midway(tmp_path):
-    write_video(tmp_path / 'a.ts', num_frames=20, options={'g': '8'})
-    write_video(tmp_path / 'b.ts', num_frames=20, size=(96, 48), options={'g': '8'})
+@pytest.mark.parametrize('codec', ['libx264', 'libx265'])
+def test_a_size_that_changes_midway(codec, tmp_path):
+    options = {'g': '8', 'x265-params': 'log-level=none'}
+    write_video(tmp_path / 'a.ts', 20, codec, (64, 64), options)
+    write_video(tmp_path / 'b.ts', 20, codec, (64, 96), options)
     path = tmp_path / 'both.ts'
     path.write_bytes(b''.join((tmp_path / name).read_bytes() for name in ('a.ts', 'b.ts')))
     with av.open(str(path)) as container:
-        expected = [frame.reformat(64, 48, 'rgb24').to_ndarray() for frame in container.decode(video=0)]
+        expected = [frame.reformat(64, 64, 'rgb24').to_ndarray() for frame in container.decode(video=0)]
+    assert len(expected) == 40
     check(path, np.stack(expected))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the other codecs' packets can be
+# ----------------------------------------------------------------------------------------------------------
+
+
+def packets_of(path):
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+@pytest.mark.parametrize(
+    'name', ['vp8', 'vp9', 'av1', 'mpeg4 in AVI', 'hevc with parameters in every key frame']
+)
+@pytest.mark.parametrize('stated', [0, 1])
+def test_key_frames_of_another_size(name, stated, tmp_path):
+    """Two streams as one: whichever size the container states, all have the first frame's."""
+    file, options = FROM_THE_MIDDLE[name]
+    paths = [
+        write_video(tmp_path / f'{number}{file}', **{**options, 'size': size})
+        for number, size in enumerate([(64, 64), (80, 96)])
+    ]
+    first, second = map(packets_of, paths)
+    shift = first[-1].pts + first[-1].duration - second[0].pts
+    for packet in second:
+        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+    every = iter([*first, *second])
+    with av.open(paths[stated]) as source, av.open(str(tmp_path / file), 'w') as both:
+        stream = both.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in every:
+            packet.stream = stream
+            both.mux(packet)
+    with av.open(str(tmp_path / file)) as container:
+        frames = [*container.decode(video=0)]
+        assert [(frame.width, frame.height) for frame in frames[::50]] == [(64, 64), (96, 80)]
+        expected = [frame.reformat(64, 64, 'rgb24').to_ndarray() for frame in frames]
+    with VideoReader(tmp_path / file) as video:
+        np.testing.assert_array_equal(video.get_batch([60]), expected[60:61])  # asked first
+    check(tmp_path / file, np.stack(expected))
+
+
+@pytest.mark.parametrize('name', ['vp9 in MP4', 'av1', 'hevc with open GOPs', 'mpeg4 in MP4'])
+def test_key_frames_that_are_none(name, tmp_path):
+    """What the container says of key frames is not taken for granted."""
+    file, options = FROM_THE_MIDDLE[name]
+    path = write_video(tmp_path / file, **options)
+
+    def change(number, packet):
+        packet.is_keyframe |= number % 3 == 0
+        return packet
+
+    copy_packets(path, tmp_path / f'flagged{file}', change)
+    check(tmp_path / f'flagged{file}', decode_all(path))
+
+
+@pytest.mark.parametrize('name', ['vp8', 'vp9', 'av1'])
+def test_pictures_that_are_not_shown_and_some_that_are_shown_again(name, tmp_path, monkeypatch):
+    """VP8's are packets of their own, VP9's are in others' (the muxer sees to it), and so should AV1's be."""
+    file, options = FROM_THE_MIDDLE[name]
+    path, unshown = write_video(tmp_path / 'a.mkv', **options), 0
+    with av.open(path) as source, av.open(str(tmp_path / file), 'w') as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0], opaque=True)
+        splitter = BitStreamFilterContext(SPLITTERS[name], source.streams.video[0])
+        for number, packet in enumerate(packets_of(path)):
+            parts = [*map(bytes, splitter.filter(with_content(packet, bytes(packet))))]
+            unshown += len(parts) - 1
+            if name == 'vp8' and number % 7 == 5:
+                parts = [bytes([parts[0][0] & ~16]) + parts[0][1:]]  # no longer shown
+                unshown += 1
+            if name == 'vp9' and number % 7 == 5:
+                parts.append(b'\x88')  # the first of the eight that are kept
+            for place, content in enumerate(parts):
+                part = with_content(packet, content)
+                part.pts = part.dts = 40 * number + place
+                part.is_keyframe &= place == 0
+                part.stream = stream
+                copy.mux(part)
+    expected = decode_all(tmp_path / file)
+    assert unshown > 2
+    if name != 'av1':
+        assert len(packets_of(tmp_path / file)) == len(expected) + unshown * (name == 'vp8')
+        monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
+    check(tmp_path / file, expected)
+
+
+def test_mpeg4_pictures_that_stand_for_none(tmp_path):
+    path = write_video(tmp_path / 'a.mp4', 40, 'mpeg4', options={'g': '12'})
+
+    def change(number, packet):
+        if number % 5 != 3:
+            return packet
+        bits = f'0101{number % 30:05b}1001111'  # predicted, no second begins, the time, not coded
+        return with_content(packet, b'\0\0\1\xb6' + int(bits, 2).to_bytes(2, 'big'))
+
+    copy_packets(path, tmp_path / 'b.mp4', change)
+    expected = decode_all(tmp_path / 'b.mp4')
+    assert len(expected) == 32
+    check(tmp_path / 'b.mp4', expected)
+
+
+@pytest.mark.parametrize(
+    'reason', ['no output of earlier ones', 'the end of a sequence', 'begins in the middle']
+)
+def test_hevc_pictures_that_are_dropped(reason, tmp_path):
+    """By an IDR picture that says so, or as they lead one that begins a sequence and need earlier ones."""
+    closed = reason == 'no output of earlier ones'
+    path = write_video(tmp_path / 'a.mp4', **x265(f'keyint=12:bframes=4:open-gop={1 - closed}'))
+
+    def change(number, packet):
+        content = bytearray(packet)
+        if closed and number == 24:  # length, type, and a slice that says it is the first of a picture
+            assert content[4:7] == b'\x28\1\xaf'
+            content[6] |= 0x40
+        if reason == 'the end of a sequence' and number == 22:
+            content += b'\0\0\0\2\x48\1'
+        return with_content(packet, content) if closed or number > 10 or reason[0] == 't' else None
+
+    copy_packets(path, tmp_path / 'b.mp4', change)
+    expected = decode_all(tmp_path / 'b.mp4')
+    assert len(expected) < len(packets_of(tmp_path / 'b.mp4'))
+    check(tmp_path / 'b.mp4', expected)
+
+
+@pytest.mark.parametrize('codec', ['libx264', 'libx265'])
+def test_half_pictures(codec, tmp_path):
+    """Slices in packets of their own; what is in the other half of a picture then, none can say."""
+    options = {'g': '10', 'bf': '0', 'slices': '2'}
+    options['x265-params'] = 'keyint=10:bframes=0:slices=2:log-level=none'
+    path = write_video(tmp_path / 'a.mkv', 20, codec, (128, 64), options)
+    halves = [(packet, bytes(unit)) for packet in packets_of(path) for unit in _units(packet, 4)]
+    halves = [(packet, unit) for packet, unit in halves if unit[0] not in (0x06, 0x4E)]  # without messages
+    with av.open(path) as source, av.open(str(tmp_path / 'b.mkv'), 'w') as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for number, (packet, unit) in enumerate(halves):
+            half = with_content(packet, len(unit).to_bytes(4, 'big') + unit)
+            half.pts, half.dts, half.stream = 20 * number, 20 * number, stream
+            copy.mux(half)
+    assert len(packets_of(tmp_path / 'b.mkv')) == 40
+    with VideoReader(tmp_path / 'b.mkv') as video:
+        assert len(video) == len(decode_all(tmp_path / 'b.mkv'))
+
+
+def test_two_pictures_shown_in_one_packet(tmp_path):
+    path = write_video(tmp_path / 'a.webm', 40, 'libvpx-vp9', options={'g': '10'})
+
+    def change(number, packet):
+        if number % 7 != 5:
+            return packet
+        sizes = b'\xc9' + len(bytes(packet)).to_bytes(2, 'little') + b'\1\0\xc9'
+        return with_content(packet, bytes(packet) + b'\x88' + sizes)  # the first that is kept, once more
+
+    copy_packets(path, tmp_path / 'b.webm', change)
+    expected = decode_all(tmp_path / 'b.webm')
+    assert len(expected) == 45
+    check(tmp_path / 'b.webm', expected)
+
+
+def test_a_key_frame_that_needs_the_header_before(tmp_path):
+    """One of AV1 without the sequence header, which the others have."""
+    file, options = FROM_THE_MIDDLE['av1']
+    path = write_video(tmp_path / file, **options)
+
+    def change(number, packet):
+        content = bytes(packet)
+        has_header = content[0] >> 3 == 1 and number > 0
+        return with_content(packet, content[2 + content[1] :]) if has_header else packet
+
+    copy_packets(path, tmp_path / f'b{file}', change)
+    assert packets_of(path)[12].size > packets_of(tmp_path / f'b{file}')[12].size
+    check(tmp_path / f'b{file}', decode_all(path))
+
+
+@pytest.mark.parametrize('name', ['h264 in MKV', 'hevc with open GOPs', 'vp9', 'mpeg4 in MP4'])
+@pytest.mark.parametrize('shift', [0, 16])
+def test_times_that_do_not_fit(name, shift, tmp_path):
+    """The same times again, or times between others'."""
+    path = write_video(tmp_path / 'a.mkv', **FROM_THE_MIDDLE[name][1])
+    packets = packets_of(path)
+    with av.open(path) as source, av.open(str(tmp_path / 'b.mkv'), 'w') as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0], opaque=True)
+        for number, packet in enumerate([*packets, *packets]):
+            again = with_content(packet, bytes(packet))
+            again.pts, again.dts, again.stream = (
+                packet.pts + 200 + shift * (number >= len(packets)),
+                number,
+                stream,
+            )
+            copy.mux(again)
+    expected = decode_all(tmp_path / 'b.mkv')
+    assert len(expected) == 2 * len(packets)
+    check(tmp_path / 'b.mkv', expected)
+
+
+def test_a_capture_that_begins_between_key_frames(tmp_path):
+    path = Path(write_video(tmp_path / 'a.ts', 30, options={'g': '10', 'bf': '2'}))
+    path.write_bytes(path.read_bytes()[20 * 188 :])
+    expected = decode_all(path)
+    assert len(expected) == 20
+    check(path, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -388,11 +649,26 @@ def test_a_promise_that_decoding_does_not_keep(tmp_path):
             np.testing.assert_array_equal(video.get_batch([3]), decode_all(path)[[3]])
 
 
+@pytest.mark.parametrize('damaged', [16, 22, 36, 51])
+def test_damage_that_is_shown_later(damaged, tmp_path):
+    """A B-frame refers to a later one, which is patched by what was decoded before, be it needed or not."""
+    write_cuts(tmp_path / 'whole.mp4', {'x264-params': 'keyint=12:bframes=3'})
+
+    def change(number, packet):
+        return with_content(packet, bytes(packet)[:-30] + bytes(30)) if number == damaged else packet
+
+    copy_packets(tmp_path / 'whole.mp4', tmp_path / 'a.mp4', change)
+    expected = decode_on_one_thread(tmp_path / 'a.mp4')
+    for index in range(len(expected)):
+        with VideoReader(tmp_path / 'a.mp4') as video:
+            np.testing.assert_array_equal(video.get_batch([index]), expected[[index]])
+
+
 DAMAGE = """
 import collections, random, resource, sys
 import av
 import numpy as np
-from video import VideoReader
+from video import SPLITTERS, VideoReader, _units
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 rng, outcomes = random.Random(0), collections.Counter()
 for path in sys.argv[1:]:
@@ -437,7 +713,7 @@ def test_damaged_files_neither_hang_nor_crash(tmp_path):
 
 MEMORY = """
 import re, sys
-from video import VideoReader
+from video import SPLITTERS, VideoReader, _units
 def most():
     return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024
 VideoReader(sys.argv[1])
