@@ -169,11 +169,9 @@ def is_small(source: str, short_side: int, gop: int) -> bool:
     if source.lower().endswith(data.IMAGE_ENDINGS):
         with data.quietly(), Image.open(source) as image:
             return min(image.size) <= short_side
-    with VideoReader(source) as video, av.open(source, metadata_errors='ignore') as container:
-        stream = container.streams[video.stream.index]
-        if stream.codec_context.name != 'h264' or min(stream.width, stream.height) > short_side:
-            return False
-        return sum(packet.is_keyframe for packet in container.demux(stream)) * gop >= len(video)
+    with VideoReader(source) as video:
+        codec = video.stream.codec_context
+        return codec.name == 'h264' and min(codec.width, codec.height) <= short_side and video.group <= gop
 
 
 def encode_image(source: str, target: str, short_side: int) -> None:

@@ -33,6 +33,7 @@ class VideoReader:
     frame after which nothing refers to anything before: H.264 and HEVC (leaving out the pictures that are
     neither wanted nor referred to), VP8, VP9, AV1, and MPEG-4 without B-frames. Everything else is decoded
     from the start, to count and again to read; so is a file that turns out to be damaged where it is read.
+    (Where libavcodec does not notice damage, such as a lost packet, frames that it patches up may differ.)
 
     Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. What else
     PyAV raises for a damaged one comes through, on opening or on reading.
@@ -54,6 +55,11 @@ class VideoReader:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def group(self) -> float:
+        """Frames from one place where decoding can begin to the next, on average."""
+        return len(self) / len(np.unique(self._index.start)) if self._index else len(self)
 
     def __enter__(self) -> 'VideoReader':
         return self
@@ -234,6 +240,10 @@ def _index(container: av.container.InputContainer, stream: av.VideoStream) -> In
     place = sorted(shown, key=pts.__getitem__)
     if not skip and place != shown:
         return None
+    if stream.codec_context.name == 'hevc' and 'mp4' not in container.format.name:
+        steps = np.diff(np.array(pts)[place])
+        if len(steps) and steps.max() > 1.5 * np.median(steps):
+            return None  # a packet may be lost, and libavcodec leaves out what refers to it
     number = {pts[place]: number for number, place in enumerate(place)}
     return Index(pts, seek, np.array(start), np.array(place), number, skip)
 

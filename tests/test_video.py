@@ -424,6 +424,18 @@ def test_key_frames_of_another_size(name, stated, tmp_path):
     check(tmp_path / file, np.stack(expected))
 
 
+def test_hevc_with_a_lost_packet(tmp_path):
+    """The decoder then leaves out others too, without a word."""
+    path = write_video(tmp_path / 'a.mkv', **x265('keyint=12:bframes=4'))
+    lengths = set()
+    for lost in range(13, 24):
+        copy_packets(path, tmp_path / 'b.mkv', lambda n, packet, lost=lost: None if n == lost else packet)
+        with VideoReader(tmp_path / 'b.mkv') as video:
+            lengths.add(len(video))
+            assert len(video) == len(decode_all(tmp_path / 'b.mkv'))
+    assert min(lengths) < 49
+
+
 @pytest.mark.parametrize('name', ['vp9 in MP4', 'av1', 'hevc with open GOPs', 'mpeg4 in MP4'])
 def test_key_frames_that_are_none(name, tmp_path):
     """What the container says of key frames is not taken for granted."""
