@@ -94,9 +94,7 @@ def long_videos() -> list[Path]:
     return found or sys.exit(f'bench.py: no H.264 video of 10 seconds in {MEDIA}; OMNI_MEDIA names another')
 
 
-# ----------------------------------------------------------------------------------------------------------
-# From files to tensors
-# ----------------------------------------------------------------------------------------------------------
+# From files to tensors --------------------------------------------------------------------------------------
 
 
 def decode(args: argparse.Namespace) -> None:
@@ -172,15 +170,12 @@ def clip(args: argparse.Namespace) -> None:
                 prepare.encode_file(str(path), str(again))
                 functions = {'ours': partial(five, ours, path), 'theirs': partial(five, theirs, path)}
                 functions['encoded'] = partial(five, ours, again)
-                mine, peer, encoded = in_turn(args.runs, functions).values()
-                ratios.append((peer / mine, peer / encoded))
-                ms = [f'{1000 * seconds / 5:.2f}' for seconds in (mine, peer, encoded)]
-                size = f'{again.stat().st_size / path.stat().st_size:.2f}x'
-                rows.append(
-                    [title, path.stem, *ms[:2], f'{ratios[-1][0]:.2f}x', ms[2], f'{ratios[-1][1]:.2f}x', size]
-                )
-            means = [f'{statistics.geometric_mean(values):.2f}x' for values in zip(*ratios)]
-            rows += [[title, 'geometric mean', '', '', means[0], '', means[1], '']] if len(ratios) > 1 else []
+                ms = [1000 * seconds / 5 for seconds in in_turn(args.runs, functions).values()]
+                ratios.append((ms[1] / ms[0], ms[1] / ms[2]))
+                ms += [ratios[-1][1], again.stat().st_size / path.stat().st_size]
+                rows.append([title, path.stem, *ms[:2], ratios[-1][0], *ms[2:]])
+            means = [*map(statistics.geometric_mean, zip(*ratios))]
+            rows.append([title, 'geometric mean', '', '', means[0], '', means[1], ''])
     header = ['', 'file', 'ours, ms', 'decord and OpenCV, ms', 'faster', 're-encoded, ms', 'faster', 'size']
     table('From a file to an augmented uint8 sample, CPU time, one thread', header, rows)
 
@@ -244,9 +239,7 @@ def memory(pid: int, file: str, entry: str) -> int:
     return int(Path(f'/proc/{pid}/{file}').read_text().split(f'{entry}:')[1].split()[0]) // 1024
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The network
-# ----------------------------------------------------------------------------------------------------------
+# The network ------------------------------------------------------------------------------------------------
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -445,9 +438,7 @@ def evaluation(args: argparse.Namespace) -> None:
         print(f'  {name:28}{seconds / len(views):9.5f}{ratio:>14}{off:18.1e}{peak or "":>10}', flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What nothing can lose
-# ----------------------------------------------------------------------------------------------------------
+# What nothing can lose --------------------------------------------------------------------------------------
 
 SHORT_RUN = '--demo --width 8 --epochs 4 --videos-per-gpu 20 --images-per-gpu 30 --log-interval 1 --workers 1'
 SHORT_SET = 10, 2, 20, 2  # videos to train on and to validate, and images, of each class
@@ -671,11 +662,8 @@ def fuzz(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n')[0],
-        epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     numbers = {  # option: default, help, the commands that have it
         'runs': (7, 'that a median is of', 'decode clip step eval save'),
