@@ -191,9 +191,7 @@ def _open(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     return container, streams[0]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Which files can be read from the middle
-# ----------------------------------------------------------------------------------------------------------
+# Which files can be read from the middle -----------------------------------------------------------------
 
 
 class Index(NamedTuple):
