@@ -20,7 +20,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -94,42 +93,39 @@ def draw(looks: tuple[int, ...], rng: np.random.Generator, image: bool) -> torch
     return torch.from_numpy(np.stack(frames).clip(0, 255).astype(np.uint8))
 
 
-class Drawn:
-    """In place of files: pictures in memory. `drawn` has a tensor of frames (T, 3, H, W) for each sample."""
+class Videos(data.VideoDataset):
+    """In place of files: pictures in memory, `drawn`, a tensor of frames (3, 3, H, W) for each video."""
 
     def load(self, path: str, rng: np.random.Generator | None) -> torch.Tensor:
         frames = self.drawn[int(path)]
-        if isinstance(self, data.VideoDataset):
-            frames = frames[data.sample_frames(len(frames), self.clip_len, 1, rng=rng)[0]]
-        if rng is None:
-            pixels = data.center_crop(frames, self.size)
-        else:
-            pixels = data.random_resized_crop(frames, self.size, rng)
-        pixels = pixels.transpose(0, 1) if isinstance(self, data.VideoDataset) else pixels[0]
-        return pixels.unsqueeze(0) if rng is None else pixels
+        frames = frames[data.sample_frames(len(frames), self.clip_len, 1, rng=rng)[0]]
+        if self.mode == 'train':
+            return data.random_resized_crop(frames, self.size, rng).transpose(0, 1)
+        return data.center_crop(frames, self.size).transpose(0, 1).unsqueeze(0)
 
 
-class Videos(Drawn, data.VideoDataset):
-    pass
+class Images(data.ImageDataset):
+    """The same, with one frame (1, 3, H, W)."""
 
-
-class Images(Drawn, data.ImageDataset):
-    pass
+    def load(self, path: str, rng: np.random.Generator | None) -> torch.Tensor:
+        picture = self.drawn[int(path)]
+        if self.mode == 'train':
+            return data.random_resized_crop(picture, self.size, rng)[0]
+        return data.center_crop(picture, self.size)
 
 
 @functools.cache
 def make_set(source: str, mode: str, seed: int, per_class: int) -> Videos | Images:
     """A set with one of each class in turn; a smaller one of the same seed is the beginning of it."""
-    image = source == 'image'
-    classes, samples, drawn = [(look,) for look in range(len(LOOKS))] if image else PAIRS, [], []
-    for number in range(per_class * len(classes)):
+    classes = PAIRS if source == 'video' else [(look,) for look in range(len(LOOKS))]
+    labels, drawn = np.arange(per_class * len(classes)) % len(classes), []
+    for number, label in enumerate(labels):
         rng = data.generator(f'claim {source} {mode}', seed, number)
-        looks = tuple(rng.permutation(classes[number % len(classes)]))
-        drawn.append(draw(looks if image else looks + looks[:1], rng, image))  # a clip begins with either
-        samples.append((b'%d' % number, number % len(classes)))
-    paths, labels = (np.array(column) for column in zip(*samples))
-    samples = data.Samples(paths, labels)
-    made = Images(samples, mode, SIZE) if image else Videos(samples, mode, SIZE, clip_len=2)
+        looks = tuple(rng.permutation(classes[label]))
+        looks += looks[:1] if source == 'video' else ()  # so that a clip of two begins with either
+        drawn.append(draw(looks, rng, source == 'image'))
+    samples = data.Samples(np.arange(len(labels)).astype('S'), labels)
+    made = Videos(samples, mode, SIZE, clip_len=2) if source == 'video' else Images(samples, mode, SIZE)
     made.drawn = drawn
     return made
 
@@ -158,20 +154,22 @@ def learn(network: OmniSlowOnly, sets: dict[str, Videos | Images], lr: float, se
         train.train_step(network, optimizer, scaler, [batch], [dropout], device, clip_norm=1)
 
 
-def predict(network: OmniSlowOnly, source: str, held_out: Videos | Images) -> tuple[np.ndarray, np.ndarray]:
-    """The class that each sample is taken for, and its own."""
-    scores, labels, _ = evaluate.predict(network, source, held_out, batch_size=16)
+def predict(network: OmniSlowOnly, source: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The class that each sample of a held-out set is taken for, and its own."""
+    scores, labels, _ = evaluate.predict(
+        network, source, make_set(source, 'val', seed, HELD_OUT), batch_size=16
+    )
     return scores.argmax(1), labels
 
 
-def new_network(seed: int, **classes: int) -> OmniSlowOnly:
+def new_network(seed: int, videos: bool = True, images: bool = True) -> OmniSlowOnly:
     torch.manual_seed(seed)
-    return OmniSlowOnly(**({'video_classes': 0, 'image_classes': 0} | classes), **NETWORK)
+    return OmniSlowOnly(videos * len(PAIRS), images * len(LOOKS), **NETWORK)
 
 
 def image_network(folder: Path, seed: int) -> OmniSlowOnly:
     """The network that has learned from images alone; the same for every number of videos, so it is kept."""
-    network, path = new_network(seed, image_classes=len(LOOKS)), folder / f'images_{seed}.pth'
+    network, path = new_network(seed, videos=False), folder / f'images_{seed}.pth'
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
@@ -186,7 +184,7 @@ def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float) 
     """Train in one way; what the network has learned."""
     start = time.process_time()
     torch.set_num_threads(1)  # the same numbers on any number of cores
-    network = new_network(seed, video_classes=len(PAIRS), image_classes=len(LOOKS) if arm == 'joint' else 0)
+    network = new_network(seed, images=arm == 'joint')
     sets = {'video': make_set('video', 'train', seed, count)}
     if arm == 'joint':
         sets['image'] = make_set('image', 'train', 0, IMAGES_PER_LOOK)
@@ -199,13 +197,12 @@ def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float) 
         network.load_state_dict(checkpoint.inflate_2d(weights, network), strict=False)
     learn(network, sets, lr, seed)
 
-    held_out = make_set('video', 'val', int(seed in SEEDS), HELD_OUT)  # others than rates are chosen by
-    predicted, labels = predict(network, 'video', held_out)
+    predicted, labels = predict(network, 'video', int(seed in SEEDS))  # others than rates are chosen by
     right = [len({*PAIRS[a]} & {*PAIRS[b]}) / 2 for a, b in zip(predicted, labels)]
     result = {'top1': np.mean(predicted == labels), 'looks': np.mean(right)}
     if arm != 'videos':
         network = network if arm == 'joint' else image_network(folder, seed)  # before its videos
-        predicted, labels = predict(network, 'image', make_set('image', 'val', 0, HELD_OUT))
+        predicted, labels = predict(network, 'image')
         result['image_top1'] = np.mean(predicted == labels)
     job = {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, 'share': share}
     result = {key: round(float(value), 4) for key, value in result.items()}
@@ -235,13 +232,12 @@ def claim(args: argparse.Namespace) -> None:
                 bar.update()
         bar.close()
 
-    tuning = itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES, [1])
-    run_all(list(tuning), 'choosing learning rates')
-    chosen = choose_rates(records)
+    tuning = list(itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES, [1]))
+    run_all(tuning, 'choosing learning rates')
+    chosen = {arm: max(RATES, key=lambda lr: results(records, arm, lr=lr).mean()) for arm in ARMS}  # noqa: B023
     runs = itertools.product(SEEDS, VIDEOS_PER_CLASS, ARMS)
     jobs = [(arm, count, seed, chosen[arm], 1) for seed, count, arm in runs]
-    others = itertools.product(SEEDS, [share for share in SHARES if share != 1])
-    jobs += [('joint', TUNED_AT, seed, chosen['joint'], share) for seed, share in others]
+    jobs += [('joint', TUNED_AT, seed, chosen['joint'], s) for seed in SEEDS for s in SHARES if s != 1]
     run_all(jobs, 'comparing')
 
     print('learning rates: ' + ', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items()))
@@ -250,21 +246,21 @@ def claim(args: argparse.Namespace) -> None:
     plot(records, Path(args.plot))
 
 
-def choose_rates(records: list[dict]) -> dict[str, float]:
-    """For each way the learning rate with the best mean top-1 over the tuning seeds."""
-
-    def mean(arm: str, lr: float) -> float:
-        tried = [r['top1'] for r in records if (r['arm'], r['lr']) == (arm, lr) and r['seed'] in TUNING_SEEDS]
-        return statistics.mean(tried)
-
-    return {arm: max(RATES, key=functools.partial(mean, arm)) for arm in ARMS}
-
-
-def results(records: list[dict], arm: str, count: int, metric: str = 'top1', share: float = 1) -> np.ndarray:
-    """In %, of each seed in turn."""
-    cell = (arm, count, share)
-    found = {r['seed']: r[metric] for r in records if (r['arm'], r['videos_per_class'], r['share']) == cell}
-    return np.array([100 * found[seed] for seed in SEEDS])
+def results(
+    records: list[dict],
+    arm: str,
+    count: int = TUNED_AT,
+    metric: str = 'top1',
+    share: float = 1,
+    lr: float | None = None,
+) -> np.ndarray:
+    """In %, of each seed in turn; with `lr` of the tuning seeds."""
+    found = {
+        r['seed']: 100 * r[metric]
+        for r in records
+        if (r['arm'], r['videos_per_class'], r['share'], r['lr']) == (arm, count, share, lr or r['lr'])
+    }
+    return np.array([found[seed] for seed in (TUNING_SEEDS if lr else SEEDS)])
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -277,7 +273,8 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def tables(records: list[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of what the README shows."""
 
-    def spread(values: np.ndarray) -> str:
+    def spread(arm: str, *which) -> str:
+        values = results(records, arm, *which)
         return f'{values.mean():.1f} ± {values.std(ddof=1):.1f}'
 
     def difference(a: np.ndarray, b: np.ndarray) -> str:
@@ -285,27 +282,27 @@ def tables(records: list[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
         return f'{(a - b).mean():+.1f} [{low:+.1f}, {high:+.1f}]'
 
     means, paired, shares = [], [], []
-    for count in VIDEOS_PER_CLASS:
-        top1 = {arm: results(records, arm, count) for arm in ARMS}
-        looks = [spread(results(records, arm, count, 'looks')) for arm in ARMS]
-        means.append([str(count), *map(spread, top1.values()), *looks])
-        pairs = ('joint', 'images first'), ('joint', 'videos'), ('images first', 'videos')
-        paired.append([str(count), *(difference(top1[a], top1[b]) for a, b in pairs)])
+    pairs = ('joint', 'images first'), ('joint', 'videos'), ('images first', 'videos')
+    for n in VIDEOS_PER_CLASS:
+        means.append([str(n), *(spread(arm, n, metric) for metric in ('top1', 'looks') for arm in ARMS)])
+        paired.append([str(n), *(difference(*(results(records, arm, n) for arm in pair)) for pair in pairs)])
     for share in SHARES:
-        top1 = results(records, 'joint', TUNED_AT, share=share)
-        first = results(records, 'images first', TUNED_AT)
-        shares.append([f'x {share:g}', spread(top1), difference(top1, first)])
-    count = f'{HELD_OUT * len(PAIRS):,} held-out videos of {len(PAIRS)} classes'
-    per = 'videos per class'
+        top1 = results(records, 'joint', share=share), results(records, 'images first')
+        shares.append([f'x {share:g}', spread('joint', TUNED_AT, 'top1', share), difference(*top1)])
+    header, per = [*ARMS, *(f'{arm}: looks' for arm in ARMS)], 'videos per class'
     return [
-        (f'Top-1 on {count}, %, {len(SEEDS)} seeds', [per, *ARMS, *(f'{arm}: looks' for arm in ARMS)], means),
-        ('Paired differences, points, 95 % interval', [per, *(f'{a} - {b}' for a, b in pairs)], paired),
-        (f'Image loss, {TUNED_AT} {per}', ['image loss', 'joint', 'joint - images first'], shares),
+        (
+            f'Top-1 on held-out videos, and share of right looks, %, of {len(SEEDS)} seeds',
+            [per, *header],
+            means,
+        ),
+        ('Paired differences of top-1, 95 % interval', [per, *(f'{a} - {b}' for a, b in pairs)], paired),
+        (f'{TUNED_AT} {per}', ['image loss', 'joint', 'joint - images first'], shares),
     ]
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Left every run, a seed's three connected, with the means; right the paired differences."""
+    """Left every run, a seed's three connected, and the means; right the mean paired differences."""
     from matplotlib import pyplot
 
     with pyplot.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'claim', 'font.family': 'sans-serif'}):
@@ -313,33 +310,24 @@ def plot(records: list[dict], path: Path) -> None:
             1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout='constrained'
         )
         for group, count in enumerate(VIDEOS_PER_CLASS):
-            top1 = [results(records, arm, count) for arm in ARMS]
-            places = [4 * group + i for i in range(3)]
+            top1 = np.array([results(records, arm, count) for arm in ARMS])
+            places = 4 * group + np.arange(3)
             left.plot(places, top1, color='gray', alpha=0.3, linewidth=0.8)
-            for i, (place, values) in enumerate(zip(places, top1)):
-                label = ARMS[i] if not group else None
-                left.plot([place] * len(values), values, '.', color=f'C{i}', alpha=0.5)
-                left.plot(
-                    place, values.mean(), '_', color=f'C{i}', markersize=22, markeredgewidth=3, label=label
-                )
-            for i, (name, a, b) in enumerate((('joint − images first', 2, 1), ('joint − videos', 2, 0))):
-                mean, ends = (top1[a] - top1[b]).mean(), interval(top1[a] - top1[b])
-                error = [[mean - ends[0]], [ends[1] - mean]]
-                right.errorbar(
-                    group + 0.3 * i - 0.15,
-                    mean,
-                    error,
-                    fmt='o',
-                    color=('k', 'C0')[i],
-                    capsize=4,
-                    label=None if group else name,
-                )
-        left.axhline(100 / len(PAIRS), color='gray', linestyle=':', label='chance')
+            for i, place in enumerate(places):
+                left.plot([place] * len(SEEDS), top1[i], '.', color=f'C{i}', alpha=0.5)
+                bar = {'marker': '_', 'markersize': 22, 'markeredgewidth': 3, 'linestyle': ''}
+                left.plot(place, top1[i].mean(), color=f'C{i}', label=None if group else ARMS[i], **bar)
+            for a, b, colour in ((2, 1, 'black'), (2, 0, 'C0')):
+                mean, (low, high) = (top1[a] - top1[b]).mean(), interval(top1[a] - top1[b])
+                style = {'color': colour, 'label': None if group else f'joint − {ARMS[b]}'}
+                place = group + 0.15 * (1 - 2 * b)
+                right.errorbar(place, mean, [[mean - low], [high - mean]], fmt='o', capsize=4, **style)
         left.axhline(25, color='gray', linestyle='--', linewidth=0.8, label='one frame at best')
+        left.axhline(100 / len(PAIRS), color='gray', linestyle=':', label='chance')
         left.set(ylabel='top-1 on held-out videos, %', ylim=(0, 102))
-        left.set_xticks([4 * group + 1 for group in range(3)], map(str, VIDEOS_PER_CLASS))
+        left.set_xticks([1, 5, 9], map(str, VIDEOS_PER_CLASS))
         right.axhline(0, color='gray', linewidth=0.8)
-        right.set(ylabel='difference, points')
+        right.set(ylabel='paired difference, points, 95 % interval')
         right.set_xticks(range(3), map(str, VIDEOS_PER_CLASS))
         for axes in (left, right):
             axes.set_xlabel('training videos per class')
