@@ -39,7 +39,7 @@ from runtime import checkpoint
 ARMS = ('videos', 'images first', 'joint')
 VIDEOS_PER_CLASS = (2, 4, 8)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
-RATES, TUNED_AT = (0.025, 0.05, 0.1, 0.2), 4
+RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4), 4
 IMAGE_RATE = 0.1  # of the images that come first: takes them to 98 %
 SHARES = (0.5, 1, 2)  # of the image loss in a joint step; the others at TUNED_AT videos per class only
 
