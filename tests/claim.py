@@ -246,20 +246,13 @@ def claim(args: argparse.Namespace) -> None:
     plot(records, Path(args.plot))
 
 
-def results(
-    records: list[dict],
-    arm: str,
-    count: int = TUNED_AT,
-    metric: str = 'top1',
-    share: float = 1,
-    lr: float | None = None,
-) -> np.ndarray:
-    """In %, of each seed in turn; with `lr` of the tuning seeds."""
-    found = {
-        r['seed']: 100 * r[metric]
-        for r in records
-        if (r['arm'], r['videos_per_class'], r['share'], r['lr']) == (arm, count, share, lr or r['lr'])
-    }
+def results(records: list[dict], arm: str, count=TUNED_AT, metric='top1', share=1, lr=None) -> np.ndarray:
+    """In %, of each seed in turn; with `lr` of the seeds that choose it."""
+    found = {}
+    for record in records:
+        wanted = (arm, count, share, lr or record['lr'])
+        if tuple(record[key] for key in ('arm', 'videos_per_class', 'share', 'lr')) == wanted:
+            found[record['seed']] = 100 * record[metric]
     return np.array([found[seed] for seed in (TUNING_SEEDS if lr else SEEDS)])
 
 
