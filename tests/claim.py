@@ -37,9 +37,9 @@ from model import OmniSlowOnly
 from runtime import checkpoint
 
 ARMS = ('videos', 'images first', 'joint')
-VIDEOS_PER_CLASS = (2, 4, 8)
+VIDEOS_PER_CLASS = (2, 3, 6)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
-RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4), 4
+RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4), 3
 IMAGE_RATE = 0.1  # of the images that come first: takes them to 98 %
 SHARES = (0.5, 1, 2)  # of the image loss in a joint step; the others at TUNED_AT videos per class only
 
