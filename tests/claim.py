@@ -40,12 +40,12 @@ ARMS = ('videos', 'images first', 'joint')
 VIDEOS_PER_CLASS = (2, 3, 6)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
 RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4), 3
-IMAGE_RATE = 0.1  # of the images that come first: takes them to 98 %
 SHARES = (0.5, 1, 2)  # of the image loss in a joint step; the others at TUNED_AT videos per class only
 
 LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
 PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
-IMAGES_PER_LOOK, HELD_OUT = 32, 64  # of each class; videos only set how hard it is, before any image was used
+SEEN = (0, 2, 4, 6)  # the looks that images show, their classes: one of each pair
+IMAGES_PER_LOOK, HELD_OUT = 8, 64  # of each class; videos only set how hard it is, before any image was used
 SIDE, SIZE, CLUTTER = 48, 42, 20  # pixels of a picture and of its crop; levels
 NETWORK = {'layers': (1, 1, 1, 1), 'width': 16}
 STEPS, BATCH = 600, {'video': 32, 'image': 32}
@@ -117,7 +117,7 @@ class Images(data.ImageDataset):
 @functools.cache
 def make_set(source: str, mode: str, seed: int, per_class: int) -> Videos | Images:
     """A set with one of each class in turn; a smaller one of the same seed is the beginning of it."""
-    classes = PAIRS if source == 'video' else [(look,) for look in range(len(LOOKS))]
+    classes = PAIRS if source == 'video' else [(look,) for look in SEEN]
     labels, drawn = np.arange(per_class * len(classes)) % len(classes), []
     for number, label in enumerate(labels):
         rng = data.generator(f'claim {source} {mode}', seed, number)
@@ -164,16 +164,16 @@ def predict(network: OmniSlowOnly, source: str, seed: int = 0) -> tuple[np.ndarr
 
 def new_network(seed: int, videos: bool = True, images: bool = True) -> OmniSlowOnly:
     torch.manual_seed(seed)
-    return OmniSlowOnly(videos * len(PAIRS), images * len(LOOKS), **NETWORK)
+    return OmniSlowOnly(videos * len(PAIRS), images * len(SEEN), **NETWORK)
 
 
-def image_network(folder: Path, seed: int) -> OmniSlowOnly:
+def image_network(folder: Path, seed: int, lr: float) -> OmniSlowOnly:
     """The network that has learned from images alone; the same for every number of videos, so it is kept."""
-    network, path = new_network(seed, videos=False), folder / f'images_{seed}.pth'
+    network, path = new_network(seed, videos=False), folder / f'images_{seed}_{lr:g}.pth'
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
-    learn(network, {'image': make_set('image', 'train', 0, IMAGES_PER_LOOK)}, IMAGE_RATE, seed)
+    learn(network, {'image': make_set('image', 'train', 0, IMAGES_PER_LOOK)}, lr, seed)
     part = path.with_suffix(f'.{os.getpid()}')  # two processes may be at it
     torch.save(network.state_dict(), part)
     os.replace(part, path)
@@ -193,15 +193,16 @@ def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float) 
                 lambda head, inputs, logits: share * logits + (1 - share) * logits.detach()
             )
     if arm == 'images first':  # as --init-2d does
-        weights = image_network(folder, seed).state_dict()
+        weights = image_network(folder, seed, lr).state_dict()
         network.load_state_dict(checkpoint.inflate_2d(weights, network), strict=False)
     learn(network, sets, lr, seed)
 
     predicted, labels = predict(network, 'video', int(seed in SEEDS))  # others than rates are chosen by
-    right = [len({*PAIRS[a]} & {*PAIRS[b]}) / 2 for a, b in zip(predicted, labels)]
-    result = {'top1': np.mean(predicted == labels), 'looks': np.mean(right)}
+    right = [{*PAIRS[a]} & {*PAIRS[b]} for a, b in zip(predicted, labels)]
+    result = {'top1': np.mean(predicted == labels), 'looks': np.mean([len(both) / 2 for both in right])}
+    result['seen_looks'] = np.mean([len(both & {*SEEN}) for both in right])  # of those that images show
     if arm != 'videos':
-        network = network if arm == 'joint' else image_network(folder, seed)  # before its videos
+        network = network if arm == 'joint' else image_network(folder, seed, lr)  # before its videos
         predicted, labels = predict(network, 'image')
         result['image_top1'] = np.mean(predicted == labels)
     job = {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, 'share': share}
