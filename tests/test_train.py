@@ -486,7 +486,7 @@ def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
     which four they may be."""
     assert sorted(look for pair in claim.PAIRS for look in pair) == sorted(4 * list(range(8)))
     assert len({frozenset(pair) for pair in claim.PAIRS}) == 16
-    for name, value in (('STEPS', 2), ('HELD_OUT', 1), ('IMAGES_PER_LOOK', 4)):
+    for name, value in (('STEPS', 2), ('HELD_OUT', 1)):
         monkeypatch.setattr(claim, name, value)
     for arm, share in (('videos', 1), ('images first', 1), ('joint', 1), ('joint', 2)):
         first, again = (claim.run(tmp_path, arm, 2, 0, 0.1, share) for _ in range(2))
