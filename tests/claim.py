@@ -9,7 +9,7 @@ image shows one look in another style, grey and without clutter, and its class i
 in memory; network, sampling, augmentation, schedule and `train_step` are the program's own.
 
 From scratch on videos; on images first and then on videos; jointly. Each way takes the same number of video
-steps and has the best of four learning rates, chosen at one size by seeds of their own; images first sees as
+steps and has the best of five learning rates, chosen at one size by seeds of their own; images first sees as
 many images before as joint training does along the way. A seed's videos are the same for all three, so they
 are compared in pairs. Every run is a line of --out; what stands there is not run again.
 """
@@ -39,7 +39,7 @@ from runtime import checkpoint
 ARMS = ('videos', 'images first', 'joint')
 VIDEOS_PER_CLASS = (2, 3, 6)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
-RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4), 3
+RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4, 0.8), 3
 SHARES = (0.5, 1, 2)  # of the image loss in a joint step; the others at TUNED_AT videos per class only
 
 LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
