@@ -236,8 +236,8 @@ def claim(args: argparse.Namespace) -> None:
     tuning = list(itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES, [1]))
     run_all(tuning, 'choosing learning rates')
     chosen = {arm: max(RATES, key=lambda lr: results(records, arm, lr=lr).mean()) for arm in ARMS}  # noqa: B023
-    runs = itertools.product(SEEDS, VIDEOS_PER_CLASS, ARMS)
-    jobs = [(arm, count, seed, chosen[arm], 1) for seed, count, arm in runs]
+    runs = itertools.product(VIDEOS_PER_CLASS, SEEDS, ARMS)
+    jobs = [(arm, count, seed, chosen[arm], 1) for count, seed, arm in runs]
     jobs += [('joint', TUNED_AT, seed, chosen['joint'], s) for seed in SEEDS for s in SHARES if s != 1]
     run_all(jobs, 'comparing')
 
