@@ -40,7 +40,9 @@ ARMS = ('videos', 'images first', 'joint')
 VIDEOS_PER_CLASS = (2, 3, 6)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
 RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4, 0.8), 3
-SHARES = (0.5, 1, 2)  # of the image loss in a joint step; the others at TUNED_AT videos per class only
+STEPS, BATCH = 600, {'video': 32, 'image': 32}
+# How else joint training is done at TUNED_AT videos per class: the image loss's share of a step, and steps.
+VARIANTS = ((0.5, STEPS), (1, STEPS), (2, STEPS), (1, 2 * STEPS))
 
 LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
 PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
@@ -48,7 +50,6 @@ SEEN = (0, 2, 4, 6)  # the looks that images show, their classes: one of each pa
 IMAGES_PER_LOOK, HELD_OUT = 8, 64  # of each class; videos only set how hard it is, before any image was used
 SIDE, SIZE, CLUTTER = 48, 42, 20  # pixels of a picture and of its crop; levels
 NETWORK = {'layers': (1, 1, 1, 1), 'width': 16}
-STEPS, BATCH = 600, {'video': 32, 'image': 32}
 
 
 # The pictures ---------------------------------------------------------------------------------------------
@@ -133,8 +134,8 @@ def make_set(source: str, mode: str, seed: int, per_class: int) -> Videos | Imag
 # One run --------------------------------------------------------------------------------------------------
 
 
-def learn(network: OmniSlowOnly, sets: dict[str, Videos | Images], lr: float, seed: int) -> None:
-    """STEPS steps of train.py on these sets."""
+def learn(network: OmniSlowOnly, sets: dict[str, Videos | Images], lr: float, seed: int, steps: int) -> None:
+    """So many steps of train.py on these sets."""
     optimizer = torch.optim.SGD(network.parameters(), lr, 0.9, weight_decay=1e-4, fused=True)
     for parameter in network.parameters():  # the fused step wants them there
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
@@ -144,12 +145,12 @@ def learn(network: OmniSlowOnly, sets: dict[str, Videos | Images], lr: float, se
     samples = data.JointDataset(sets)
     sizes = {source: len(own) for source, own in sets.items()}
     # more epochs than it takes: the steps are counted
-    sampler = data.JointSampler(sizes, {source: BATCH[source] for source in sets}, seed=seed, epochs=STEPS)
+    sampler = data.JointSampler(sizes, {source: BATCH[source] for source in sets}, seed=seed, epochs=steps)
     network.train()
-    for step, keys in zip(range(STEPS), sampler):
+    for step, keys in zip(range(steps), sampler):
         batch = data.collate([samples[key] for key in keys])
         for group in optimizer.param_groups:
-            group['lr'] = train.learning_rate(step, 1, lr, round(STEPS * 34 / 256), STEPS)
+            group['lr'] = train.learning_rate(step, 1, lr, round(steps * 34 / 256), steps)
         dropout = data.generator('dropout', seed, step).integers(2**62).item()
         train.train_step(network, optimizer, scaler, [batch], [dropout], device, clip_norm=1)
 
@@ -173,14 +174,14 @@ def image_network(folder: Path, seed: int, lr: float) -> OmniSlowOnly:
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
-    learn(network, {'image': make_set('image', 'train', 0, IMAGES_PER_LOOK)}, lr, seed)
+    learn(network, {'image': make_set('image', 'train', 0, IMAGES_PER_LOOK)}, lr, seed, STEPS)
     part = path.with_suffix(f'.{os.getpid()}')  # two processes may be at it
     torch.save(network.state_dict(), part)
     os.replace(part, path)
     return network
 
 
-def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float) -> dict:
+def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float, steps: int) -> dict:
     """Train in one way; what the network has learned."""
     start = time.process_time()
     torch.set_num_threads(1)  # the same numbers on any number of cores
@@ -195,7 +196,7 @@ def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float) 
     if arm == 'images first':  # as --init-2d does
         weights = image_network(folder, seed, lr).state_dict()
         network.load_state_dict(checkpoint.inflate_2d(weights, network), strict=False)
-    learn(network, sets, lr, seed)
+    learn(network, sets, lr, seed, steps)
 
     predicted, labels = predict(network, 'video', int(seed in SEEDS))  # others than rates are chosen by
     right = [{*PAIRS[a]} & {*PAIRS[b]} for a, b in zip(predicted, labels)]
@@ -205,7 +206,7 @@ def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float) 
         network = network if arm == 'joint' else image_network(folder, seed, lr)  # before its videos
         predicted, labels = predict(network, 'image')
         result['image_top1'] = np.mean(predicted == labels)
-    job = {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, 'share': share}
+    job = {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, 'share': share, 'steps': steps}
     result = {key: round(float(value), 4) for key, value in result.items()}
     return job | result | {'seconds': round(time.process_time() - start, 1)}
 
@@ -222,7 +223,8 @@ def claim(args: argparse.Namespace) -> None:
 
     def run_all(jobs: list[tuple], title: str) -> None:
         """Train what is not recorded yet, as many at a time as there are cores."""
-        known = {tuple(r[key] for key in ('arm', 'videos_per_class', 'seed', 'lr', 'share')) for r in records}
+        keys = ('arm', 'videos_per_class', 'seed', 'lr', 'share', 'steps')
+        known = {tuple(record[key] for key in keys) for record in records}
         new = [job for job in jobs if job not in known]
         bar = tqdm(initial=len(jobs) - len(new), total=len(jobs), desc=title, unit='run')
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context('spawn')) as pool:
@@ -233,12 +235,13 @@ def claim(args: argparse.Namespace) -> None:
                 bar.update()
         bar.close()
 
-    tuning = list(itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES, [1]))
+    tuning = list(itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES, [1], [STEPS]))
     run_all(tuning, 'choosing learning rates')
     chosen = {arm: max(RATES, key=lambda lr: results(records, arm, lr=lr).mean()) for arm in ARMS}  # noqa: B023
     runs = itertools.product(VIDEOS_PER_CLASS, SEEDS, ARMS)
-    jobs = [(arm, count, seed, chosen[arm], 1) for count, seed, arm in runs]
-    jobs += [('joint', TUNED_AT, seed, chosen['joint'], s) for seed in SEEDS for s in SHARES if s != 1]
+    jobs = [(arm, count, seed, chosen[arm], 1, STEPS) for count, seed, arm in runs]
+    variants = itertools.product(SEEDS, [variant for variant in VARIANTS if variant != (1, STEPS)])
+    jobs += [('joint', TUNED_AT, seed, chosen['joint'], *variant) for seed, variant in variants]
     run_all(jobs, 'comparing')
 
     print('learning rates: ' + ', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items()))
@@ -247,12 +250,20 @@ def claim(args: argparse.Namespace) -> None:
     plot(records, Path(args.plot))
 
 
-def results(records: list[dict], arm: str, count=TUNED_AT, metric='top1', share=1, lr=None) -> np.ndarray:
+def results(
+    records: list[dict], arm: str, count=TUNED_AT, metric='top1', share=1, steps=STEPS, lr=None
+) -> np.ndarray:
     """In %, of each seed in turn; with `lr` of the seeds that choose it."""
     found = {}
     for record in records:
-        wanted = (arm, count, share, lr or record['lr'])
-        if tuple(record[key] for key in ('arm', 'videos_per_class', 'share', 'lr')) == wanted:
+        wanted = {
+            'arm': arm,
+            'videos_per_class': count,
+            'share': share,
+            'steps': steps,
+            'lr': lr or record['lr'],
+        }
+        if wanted.items() <= record.items():
             found[record['seed']] = 100 * record[metric]
     return np.array([found[seed] for seed in (TUNING_SEEDS if lr else SEEDS)])
 
@@ -275,14 +286,15 @@ def tables(records: list[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
         low, high = interval(a - b)
         return f'{(a - b).mean():+.1f} [{low:+.1f}, {high:+.1f}]'
 
-    means, paired, shares = [], [], []
+    means, paired, others = [], [], []
     pairs = ('joint', 'images first'), ('joint', 'videos'), ('images first', 'videos')
     for n in VIDEOS_PER_CLASS:
         means.append([str(n), *(spread(arm, n, metric) for metric in ('top1', 'looks') for arm in ARMS)])
         paired.append([str(n), *(difference(*(results(records, arm, n) for arm in pair)) for pair in pairs)])
-    for share in SHARES:
-        top1 = results(records, 'joint', share=share), results(records, 'images first')
-        shares.append([f'x {share:g}', spread('joint', TUNED_AT, 'top1', share), difference(*top1)])
+    for share, steps in VARIANTS:
+        top1 = results(records, 'joint', share=share, steps=steps), results(records, 'images first')
+        cell = spread('joint', TUNED_AT, 'top1', share, steps)
+        others.append([f'x {share:g}', str(steps), cell, difference(*top1)])
     header, per = [*ARMS, *(f'{arm}: looks' for arm in ARMS)], 'videos per class'
     return [
         (
@@ -291,7 +303,7 @@ def tables(records: list[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
             means,
         ),
         ('Paired differences of top-1, 95 % interval', [per, *(f'{a} - {b}' for a, b in pairs)], paired),
-        (f'{TUNED_AT} {per}', ['image loss', 'joint', 'joint - images first'], shares),
+        (f'{TUNED_AT} {per}', ['image loss', 'steps', 'joint', 'joint - images first'], others),
     ]
 
 
