@@ -27,7 +27,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -317,20 +316,14 @@ DEMO_FRAMES = 80
 
 
 def make_demo(
-    root: str,
-    train_videos: int = 50,
-    val_videos: int = 12,
-    train_images: int = 150,
-    val_images: int = 20,
-    clutter: float = 0,
+    root: str, train_videos: int = 50, val_videos: int = 12, train_images: int = 150, val_images: int = 20
 ):
     """Make a small set of real files below `root`: MP4 videos, JPEG images, their lists and label maps.
 
     Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
     video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
-    neither. The numbers are per class. `clutter` is the strength, in levels of 255, of a coloured scene
-    behind the pattern, which makes it harder to see. A complete set is left as it is; `image_labels.txt`,
-    written last, says so.
+    neither. The numbers are per class. A complete set is left as it is; `image_labels.txt`, written last,
+    says so.
     """
     root = Path(root)
     if (root / 'image_labels.txt').exists():
@@ -352,7 +345,7 @@ def make_demo(
                 label = number % len(classes)
                 name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
                 file = root / f'{source}s_{split}' / name
-                jobs.append((file, classes[label], source, split, number, clutter))
+                jobs.append((file, classes[label], source, split, number))
                 lines.append(f'{name} {label}\n')
             (root / f'{source}_{split}.txt').write_text(''.join(lines))
     for job, reason in in_parallel(_draw_demo_file, jobs, f'making {root}'):
@@ -362,7 +355,7 @@ def make_demo(
     (root / 'image_labels.txt').write_text('\n'.join(DEMO_PATTERNS) + '\n')
 
 
-def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int, clutter: float) -> None:
+def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int) -> None:
     rng = data.generator(f'demo {source} {split}', number)
     pattern, _, motion = name.partition(' ')
     height, width = DEMO_SIZE
@@ -373,9 +366,6 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int,
     texture = rng.normal(0, 12, (height, width, 1))
     slope = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-30, 30, 3)
     back, front = rng.uniform(20, 90, 3), rng.uniform(140, 250, 3)
-    for cells in (2, 4, 8, 16) if clutter else ():
-        scene = torch.from_numpy(rng.normal(0, clutter, (1, 3, cells, cells * width // height)))
-        texture = texture + F.interpolate(scene, (height, width), mode='bilinear')[0].movedim(0, 2).numpy()
     frames = []
     for t in range(DEMO_FRAMES if source == 'video' else 1):
         cover = _pattern(pattern, (y + speed * t) / period, x / period)

@@ -1,163 +1,343 @@
 """Does joint training help? Train on few videos in three ways, and compare top-1 on held-out videos.
 
     python tests/claim.py                     go on from the recorded runs; with all of them, print and plot
-    python tests/claim.py --out mine.jsonl    make all 70 runs again: 70 minutes on two cores
+    python tests/claim.py --out mine.jsonl    make all runs again
 
-From scratch on videos; on images first and then on videos; jointly. Each run is a command of train.py, with
-the same network, number of video steps and schedule; each of five seeds has videos and first weights of its
-own. Each way has the best of three learning rates, chosen at 4 videos per class by two more seeds on further
-videos. Every run is a line of --out; what stands there is not run again.
+A video is one cluttered scene that alternates between two looks out of eight, and its class is which two: 16
+of the 28 pairs, each look in four of them, so that who sees one frame is right 25 % of the time at best. An
+image shows one look in another style, grey and without clutter, and its class is the look. Pictures are drawn
+in memory; network, sampling, augmentation, schedule and `train_step` are the program's own.
+
+From scratch on videos; on images first and then on videos; jointly. Each way takes the same number of video
+steps and has the best of five learning rates, chosen at one size by seeds of their own; images first sees as
+many images before as joint training does along the way. A seed's videos are the same for all three, so they
+are compared in pairs. Every run is a line of --out; what stands there is not run again.
 """
 
 import argparse
+import functools
 import itertools
 import json
+import multiprocessing
 import os
-import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import bench  # which has Python find the project's modules, too
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-import prepare
+import data
+import evaluate
 import train
+from model import OmniSlowOnly
+from runtime import checkpoint
 
 ARMS = ('videos', 'images first', 'joint')
-VIDEOS_PER_CLASS = (1, 4, 16)
-SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (5, 6)  # each has videos of its own
-RATES, TUNED_AT = (0.025, 0.05, 0.1), 4
-CLUTTER = 90  # levels; chosen by videos only, such that they lie between chance and perfect
-STEPS, CLIPS, IMAGES = 768, 8, 32  # video steps of every run, and its batches
+VIDEOS_PER_CLASS = (2, 3, 6)
+SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
+RATES, TUNED_AT = (0.05, 0.1, 0.2, 0.4, 0.8), 3
+STEPS, BATCH = 600, {'video': 32, 'image': 32}
+# How else joint training is done at TUNED_AT videos per class: the image loss's share of a step, and steps.
+VARIANTS = ((0.5, STEPS), (1, STEPS), (2, STEPS), (1, 2 * STEPS))
+
+LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
+PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
+SEEN = (0, 2, 4, 6)  # the looks that images show, their classes: one of each pair
+IMAGES_PER_LOOK, HELD_OUT = 8, 64  # of each class; videos only set how hard it is, before any image was used
+SIDE, SIZE, CLUTTER = 48, 42, 20  # pixels of a picture and of its crop; levels
+NETWORK = {'layers': (1, 1, 1, 1), 'width': 16}
+
+
+# The pictures ---------------------------------------------------------------------------------------------
+
+
+def is_bright(look: str, y: np.ndarray, x: np.ndarray, thick: float) -> np.ndarray:
+    """Where a look is bright, in coordinates that are 1 from one repetition to the next; thick: -1 to 1."""
+    v, u = y % 1 - 0.5, x % 1 - 0.5
+    half, line = 0.25 + 0.1 * thick, 0.13 + 0.05 * thick
+    return {
+        'stripes': abs(v) < half,
+        'bars': abs(u) < half,
+        'lattice': (abs((x + y) % 1 - 0.5) < line) | (abs((x - y) % 1 - 0.5) < line),
+        'dots': u**2 + v**2 < (0.33 + 0.06 * thick) ** 2,
+        'zigzag': (y + abs(u)) % 1 < 2 * half,
+        'braids': (x + abs(v)) % 1 < 2 * half,
+        'rings': abs(np.hypot(u, v) - 0.32) < 0.1 + 0.03 * thick,
+        'grid': (abs(v) < line) | (abs(u) < line),
+    }[look]
+
+
+def draw(looks: tuple[int, ...], rng: np.random.Generator, image: bool) -> torch.Tensor:
+    """One frame of each look, uint8 (T, 3, SIDE, SIDE): coloured, bright on dark in one cluttered scene; or
+    as an image: grey, bright on dark or dark on bright, without the clutter."""
+    back, front = rng.uniform(20, 120, (3, 1, 1)), rng.uniform(120, 240, (3, 1, 1))
+    scene = rng.normal(0, 12, (SIDE, SIDE))
+    if image:
+        back, front = rng.permutation([back[0], front[0]])
+    else:
+        for cells in (2, 4, 8, 16):
+            colours = torch.from_numpy(rng.normal(0, CLUTTER, (1, 3, cells, cells)))
+            scene = scene + F.interpolate(colours, (SIDE, SIDE), mode='bilinear')[0].numpy()
+    frames = []
+    for look in looks:
+        fine = 2  # drawn twice as fine, for smooth edges
+        period, angle = fine * SIDE * rng.uniform(0.2, 0.32), np.deg2rad(rng.uniform(-10, 10))
+        y, x = np.mgrid[: SIDE * fine, : SIDE * fine] / period
+        y, x = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
+        bright = is_bright(LOOKS[look], y + rng.uniform(), x + rng.uniform(), rng.uniform(-1, 1))
+        cover = bright.reshape(SIDE, fine, SIDE, fine).mean((1, 3))
+        frames.append(np.broadcast_to(back + (front - back) * cover + scene, (3, SIDE, SIDE)))
+    return torch.from_numpy(np.stack(frames).clip(0, 255).astype(np.uint8))
+
+
+class Videos(data.VideoDataset):
+    """In place of files: pictures in memory, `drawn`, a tensor of frames (3, 3, H, W) for each video."""
+
+    def load(self, path: str, rng: np.random.Generator | None) -> torch.Tensor:
+        frames = self.drawn[int(path)]
+        frames = frames[data.sample_frames(len(frames), self.clip_len, 1, rng=rng)[0]]
+        if self.mode == 'train':
+            return data.random_resized_crop(frames, self.size, rng).transpose(0, 1)
+        return data.center_crop(frames, self.size).transpose(0, 1).unsqueeze(0)
+
+
+class Images(data.ImageDataset):
+    """The same, with one frame (1, 3, H, W)."""
+
+    def load(self, path: str, rng: np.random.Generator | None) -> torch.Tensor:
+        picture = self.drawn[int(path)]
+        if self.mode == 'train':
+            return data.random_resized_crop(picture, self.size, rng)[0]
+        return data.center_crop(picture, self.size)
+
+
+@functools.cache
+def make_set(source: str, mode: str, seed: int, per_class: int) -> Videos | Images:
+    """A set with one of each class in turn; a smaller one of the same seed is the beginning of it."""
+    classes = PAIRS if source == 'video' else [(look,) for look in SEEN]
+    labels, drawn = np.arange(per_class * len(classes)) % len(classes), []
+    for number, label in enumerate(labels):
+        rng = data.generator(f'claim {source} {mode}', seed, number)
+        looks = tuple(rng.permutation(classes[label]))
+        looks += looks[:1] if source == 'video' else ()  # so that a clip of two begins with either
+        drawn.append(draw(looks, rng, source == 'image'))
+    samples = data.Samples(np.arange(len(labels)).astype('S'), labels)
+    made = Videos(samples, mode, SIZE, clip_len=2) if source == 'video' else Images(samples, mode, SIZE)
+    made.drawn = drawn
+    return made
+
+
+# One run --------------------------------------------------------------------------------------------------
+
+
+def learn(network: OmniSlowOnly, sets: dict[str, Videos | Images], lr: float, seed: int, steps: int) -> None:
+    """So many steps of train.py on these sets."""
+    optimizer = torch.optim.SGD(network.parameters(), lr, 0.9, weight_decay=1e-4, fused=True)
+    for parameter in network.parameters():  # the fused step wants them there
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    scaler, device = torch.amp.GradScaler('cpu', enabled=False), torch.device('cpu')
+    for own in sets.values():
+        own.seed = seed
+    samples = data.JointDataset(sets)
+    sizes = {source: len(own) for source, own in sets.items()}
+    # more epochs than it takes: the steps are counted
+    sampler = data.JointSampler(sizes, {source: BATCH[source] for source in sets}, seed=seed, epochs=steps)
+    network.train()
+    for step, keys in zip(range(steps), sampler):
+        batch = data.collate([samples[key] for key in keys])
+        for group in optimizer.param_groups:
+            group['lr'] = train.learning_rate(step, 1, lr, round(steps * 34 / 256), steps)
+        dropout = data.generator('dropout', seed, step).integers(2**62).item()
+        train.train_step(network, optimizer, scaler, [batch], [dropout], device, clip_norm=1)
+
+
+def predict(network: OmniSlowOnly, source: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The class that each sample of a held-out set is taken for, and its own."""
+    scores, labels, _ = evaluate.predict(
+        network, source, make_set(source, 'val', seed, HELD_OUT), batch_size=16
+    )
+    return scores.argmax(1), labels
+
+
+def new_network(seed: int, videos: bool = True, images: bool = True) -> OmniSlowOnly:
+    torch.manual_seed(seed)
+    return OmniSlowOnly(videos * len(PAIRS), images * len(SEEN), **NETWORK)
+
+
+def image_network(folder: Path, seed: int, lr: float) -> OmniSlowOnly:
+    """The network that has learned from images alone; the same for every number of videos, so it is kept."""
+    network, path = new_network(seed, videos=False), folder / f'images_{seed}_{lr:g}.pth'
+    if path.exists():
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return network
+    learn(network, {'image': make_set('image', 'train', 0, IMAGES_PER_LOOK)}, lr, seed, STEPS)
+    part = path.with_suffix(f'.{os.getpid()}')  # two processes may be at it
+    torch.save(network.state_dict(), part)
+    os.replace(part, path)
+    return network
+
+
+def run(folder: Path, arm: str, count: int, seed: int, lr: float, share: float, steps: int) -> dict:
+    """Train in one way; what the network has learned."""
+    start = time.process_time()
+    torch.set_num_threads(1)  # the same numbers on any number of cores
+    network = new_network(seed, images=arm == 'joint')
+    sets = {'video': make_set('video', 'train', seed, count)}
+    if arm == 'joint':
+        sets['image'] = make_set('image', 'train', 0, IMAGES_PER_LOOK)
+        if share != 1:  # scales the gradients of the image loss; the logits stay as they are
+            network.image_head.register_forward_hook(
+                lambda head, inputs, logits: share * logits + (1 - share) * logits.detach()
+            )
+    if arm == 'images first':  # as --init-2d does
+        weights = image_network(folder, seed, lr).state_dict()
+        network.load_state_dict(checkpoint.inflate_2d(weights, network), strict=False)
+    learn(network, sets, lr, seed, steps)
+
+    predicted, labels = predict(network, 'video', int(seed in SEEDS))  # others than rates are chosen by
+    right = [{*PAIRS[a]} & {*PAIRS[b]} for a, b in zip(predicted, labels)]
+    result = {'top1': np.mean(predicted == labels), 'looks': np.mean([len(both) / 2 for both in right])}
+    result['seen_looks'] = np.mean([len(both & {*SEEN}) for both in right])  # of those that images show
+    if arm != 'videos':
+        network = network if arm == 'joint' else image_network(folder, seed, lr)  # before its videos
+        predicted, labels = predict(network, 'image')
+        result['image_top1'] = np.mean(predicted == labels)
+    job = {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, 'share': share, 'steps': steps}
+    result = {key: round(float(value), 4) for key, value in result.items()}
+    return job | result | {'seconds': round(time.process_time() - start, 1)}
+
+
+# All runs, the tables and the plot ------------------------------------------------------------------------
 
 
 def claim(args: argparse.Namespace) -> None:
-    """Make the runs that are not recorded yet, print the table, draw the plot."""
-    bench.need('matplotlib', 'matplotlib')  # before hours of training, not after them
-    folder, out = Path(args.work_dir).absolute(), Path(args.out)
+    """Make the runs that are not recorded yet, print the tables, draw the plot."""
+    bench.need('matplotlib', 'matplotlib')  # before an hour of training, not after it
+    folder, out = Path(args.work_dir), Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
     def run_all(jobs: list[tuple], title: str) -> None:
-        """Train what is not recorded yet; on a CPU as many at a time as there are cores."""
-        known = {(r['arm'], r['videos_per_class'], r['seed'], r['lr']) for r in records}
+        """Train what is not recorded yet, as many at a time as there are cores."""
+        keys = ('arm', 'videos_per_class', 'seed', 'lr', 'share', 'steps')
+        known = {tuple(record[key] for key in keys) for record in records}
         new = [job for job in jobs if job not in known]
-        if new and not (folder / 'choose.txt').exists():
-            make_claim_data(folder)
         bar = tqdm(initial=len(jobs) - len(new), total=len(jobs), desc=title, unit='run')
-        with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-            for record in pool.map(lambda job: train_arm(folder, *job), new):
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context('spawn')) as pool:
+            for record in pool.map(functools.partial(run, folder), *zip(*new)) if new else ():
                 records.append(record)
                 with open(out, 'a') as file:
                     print(json.dumps(record), file=file)
                 bar.update()
         bar.close()
 
-    # Their learning rate is the demo's: it takes them to 99 % or more.
-    run_all([('images', 0, seed, 0.05) for seed in SEEDS + TUNING_SEEDS], 'images first')
-    tuning = list(itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES))
+    tuning = list(itertools.product(ARMS, [TUNED_AT], TUNING_SEEDS, RATES, [1], [STEPS]))
     run_all(tuning, 'choosing learning rates')
-    chosen = {}
-    for arm in ARMS:
-        means = {}
-        for lr in RATES:
-            tried = [r for r in records if (r['arm'], r['lr']) == (arm, lr) and r['seed'] in TUNING_SEEDS]
-            means[lr] = statistics.mean(r['video_top1'] for r in tried)
-        chosen[arm] = max(means, key=means.get)
-    runs = itertools.product(ARMS, VIDEOS_PER_CLASS, SEEDS)
-    run_all([(arm, count, seed, chosen[arm]) for arm, count, seed in runs], 'comparing')
+    chosen = {arm: max(RATES, key=lambda lr: results(records, arm, lr=lr).mean()) for arm in ARMS}  # noqa: B023
+    runs = itertools.product(VIDEOS_PER_CLASS, SEEDS, ARMS)
+    jobs = [(arm, count, seed, chosen[arm], 1, STEPS) for count, seed, arm in runs]
+    variants = itertools.product(SEEDS, [variant for variant in VARIANTS if variant != (1, STEPS)])
+    jobs += [('joint', TUNED_AT, seed, chosen['joint'], *variant) for seed, variant in variants]
+    run_all(jobs, 'comparing')
 
-    results = {cell: [] for cell in itertools.product(ARMS, VIDEOS_PER_CLASS)}
+    print('learning rates: ' + ', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items()))
+    for title, header, rows in tables(records):
+        bench.table(title, header, rows)
+    plot(records, Path(args.plot))
+
+
+def results(
+    records: list[dict], arm: str, count=TUNED_AT, metric='top1', share=1, steps=STEPS, lr=None
+) -> np.ndarray:
+    """In %, of each seed in turn; with `lr` of the seeds that choose it."""
+    found = {}
     for record in records:
-        if record['seed'] in SEEDS and record['lr'] == chosen.get(record['arm']):
-            results[record['arm'], record['videos_per_class']].append(record)
-
-    def shown(arm: str, count: int, metric: str = 'video_top1') -> str:
-        values = [100 * r[metric] for r in results[arm, count]]
-        return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
-
-    rows = []
-    for count in VIDEOS_PER_CLASS:
-        rows.append([count, *(shown(arm, count) for arm in ARMS), shown('joint', count, 'image_top1')])
-    bench.table(
-        f'Top-1 on 256 held-out videos of 8 classes, %: mean and standard deviation of {len(SEEDS)} seeds',
-        ['videos per class', *ARMS, "joint's images"],
-        rows,
-    )
-    print('  learning rates: ' + ', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items()))
-    plot_claim(results, Path(args.plot))
+        wanted = {
+            'arm': arm,
+            'videos_per_class': count,
+            'share': share,
+            'steps': steps,
+            'lr': lr or record['lr'],
+        }
+        if wanted.items() <= record.items():
+            found[record['seed']] = 100 * record[metric]
+    return np.array([found[seed] for seed in (TUNING_SEEDS if lr else SEEDS)])
 
 
-def make_claim_data(folder: Path) -> None:
-    """Videos and images below `folder`, and a list of training videos for each seed and number of them."""
-    prepare.make_demo(folder / 'data', train_videos=144, val_videos=32, train_images=256, clutter=CLUTTER)
-    # one of each of the eight classes in turn
-    lines = (folder / 'data/video_train.txt').read_text().splitlines()
-    for seed, count in itertools.product(SEEDS + TUNING_SEEDS, VIDEOS_PER_CLASS):
-        own = lines[8 * 16 * seed :][: 8 * count]
-        (folder / f'train_{count}_{seed}.txt').write_text('\n'.join(own))
-    (folder / 'choose.txt').write_text('\n'.join(lines[8 * 112 :]))
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of their mean, by bootstrap over the seeds."""
+    rng = data.generator('claim bootstrap')
+    means = differences[rng.integers(len(differences), size=(10_000, len(differences)))].mean(1)
+    return tuple(np.percentile(means, [2.5, 97.5]))
 
 
-def train_arm(folder: Path, arm: str, count: int, seed: int, lr: float) -> dict:
-    """One run of train.py; what it measured at its end. A run that was broken off goes on."""
-    name = f'{arm}_{count}_{seed}_{lr:g}'.replace(' ', '_')
-    samples, batch = (1024, IMAGES) if arm == 'images' else (8 * count, CLIPS)
-    epochs = str(STEPS * batch // samples)
-    line = [sys.executable, str(bench.ROOT / 'train.py'), '--work-dir', str(folder / name), '--resume']
-    line += ['--epochs', epochs, '--val-interval', epochs, '--log-interval', '1000', '--workers', '1']
-    line += ['--seed', str(seed), '--lr', str(lr), '--clip-norm', '1']
-    line += ['--videos-per-gpu', str(CLIPS), '--images-per-gpu', str(IMAGES)]
-    if torch.cuda.is_available():
-        line += ['--size', '112']  # of the full network
-    else:
-        line += ['--size', str(train.DEMO['size']), '--width', str(train.DEMO['width'])]
-        line += ['--layers', *map(str, train.DEMO['layers'])]
-    val = ('choose.txt', 'videos_train') if seed in TUNING_SEEDS else ('data/video_val.txt', 'videos_val')
-    for flag, list_file, root in (
-        ('video', f'train_{count}_{seed}.txt', 'videos_train'),
-        ('val', *val),
-        ('image', 'data/image_train.txt', 'images_train'),
-        ('image-val', 'data/image_val.txt', 'images_val'),
-    ):
-        line += [f'--{flag}-list', str(folder / list_file), f'--{flag}-root', str(folder / 'data' / root)]
-    line += {
-        'videos': ['--video-only'],
-        'images': ['--image-only'],
-        'images first': ['--video-only', '--init-2d', str(folder / f'images_0_{seed}_0.05/latest.pth')],
-        'joint': [],
-    }[arm]
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}  # the same numbers on any number of cores
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f'claim.py: {" ".join(line)}\n{done.stderr}')
-    log = (folder / name / 'log.jsonl').read_text().splitlines()
-    result = next(json.loads(entry) for entry in reversed(log) if '"val"' in entry)
-    result = {key: value for key, value in result.items() if key.endswith('_top1')}
-    return {'arm': arm, 'videos_per_class': count, 'seed': seed, 'lr': lr, **result}
+def tables(records: list[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of what the README shows."""
+
+    def spread(arm: str, *which) -> str:
+        values = results(records, arm, *which)
+        return f'{values.mean():.1f} ± {values.std(ddof=1):.1f}'
+
+    def difference(a: np.ndarray, b: np.ndarray) -> str:
+        low, high = interval(a - b)
+        return f'{(a - b).mean():+.1f} [{low:+.1f}, {high:+.1f}]'
+
+    means, paired, others = [], [], []
+    pairs = ('joint', 'images first'), ('joint', 'videos'), ('images first', 'videos')
+    for n in VIDEOS_PER_CLASS:
+        means.append([str(n), *(spread(arm, n, metric) for metric in ('top1', 'looks') for arm in ARMS)])
+        paired.append([str(n), *(difference(*(results(records, arm, n) for arm in pair)) for pair in pairs)])
+    for share, steps in VARIANTS:
+        top1 = results(records, 'joint', share=share, steps=steps), results(records, 'images first')
+        cell = spread('joint', TUNED_AT, 'top1', share, steps)
+        others.append([f'x {share:g}', str(steps), cell, difference(*top1)])
+    header, per = [*ARMS, *(f'{arm}: looks' for arm in ARMS)], 'videos per class'
+    return [
+        (
+            f'Top-1 on held-out videos, and share of right looks, %, of {len(SEEDS)} seeds',
+            [per, *header],
+            means,
+        ),
+        ('Paired differences of top-1, 95 % interval', [per, *(f'{a} - {b}' for a, b in pairs)], paired),
+        (f'{TUNED_AT} {per}', ['image loss', 'steps', 'joint', 'joint - images first'], others),
+    ]
 
 
-def plot_claim(results: dict, path: Path) -> None:
-    """Draw the table's videos: for each way to train every run, the mean and the standard deviation."""
+def plot(records: list[dict], path: Path) -> None:
+    """Left every run, a seed's three connected, and the means; right the mean paired differences."""
     from matplotlib import pyplot
 
     with pyplot.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'claim', 'font.family': 'sans-serif'}):
-        figure, axes = pyplot.subplots(figsize=(7, 3.6), layout='constrained')
-        for i, arm in enumerate(ARMS):
-            values = [[100 * r['video_top1'] for r in results[arm, count]] for count in VIDEOS_PER_CLASS]
-            places = [count * 1.06 ** (i - 1) for count in VIDEOS_PER_CLASS]  # side by side
-            means, spreads = ([f(v) for v in values] for f in (statistics.mean, statistics.stdev))
-            axes.errorbar(places, means, spreads, fmt='o-', color=f'C{i}', capsize=3, label=arm)
-            for place, runs in zip(places, values):
-                axes.plot([place] * len(runs), runs, '_', color=f'C{i}', alpha=0.6)
-        axes.axhline(100 / 8, color='gray', linestyle=':', label='chance')
-        axes.set_xscale('log')
-        axes.set_xticks(VIDEOS_PER_CLASS, map(str, VIDEOS_PER_CLASS), minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set(xlabel='training videos per class', ylabel='top-1 on held-out videos, %', ylim=(0, 100))
-        figure.legend(loc='outside right upper', frameon=False)
+        figure, (left, right) = pyplot.subplots(
+            1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout='constrained'
+        )
+        for group, count in enumerate(VIDEOS_PER_CLASS):
+            top1 = np.array([results(records, arm, count) for arm in ARMS])
+            places = 4 * group + np.arange(3)
+            left.plot(places, top1, color='gray', alpha=0.3, linewidth=0.8)
+            for i, place in enumerate(places):
+                left.plot([place] * len(SEEDS), top1[i], '.', color=f'C{i}', alpha=0.5)
+                bar = {'marker': '_', 'markersize': 22, 'markeredgewidth': 3, 'linestyle': ''}
+                left.plot(place, top1[i].mean(), color=f'C{i}', label=None if group else ARMS[i], **bar)
+            for a, b, colour in ((2, 1, 'black'), (2, 0, 'C0')):
+                mean, (low, high) = (top1[a] - top1[b]).mean(), interval(top1[a] - top1[b])
+                style = {'color': colour, 'label': None if group else f'joint − {ARMS[b]}'}
+                place = group + 0.15 * (1 - 2 * b)
+                right.errorbar(place, mean, [[mean - low], [high - mean]], fmt='o', capsize=4, **style)
+        left.axhline(25, color='gray', linestyle='--', linewidth=0.8, label='one frame at best')
+        left.axhline(100 / len(PAIRS), color='gray', linestyle=':', label='chance')
+        left.set(ylabel='top-1 on held-out videos, %', ylim=(0, 102))
+        left.set_xticks([1, 5, 9], map(str, VIDEOS_PER_CLASS))
+        right.axhline(0, color='gray', linewidth=0.8)
+        right.set(ylabel='paired difference, points, 95 % interval')
+        right.set_xticks(range(3), map(str, VIDEOS_PER_CLASS))
+        for axes in (left, right):
+            axes.set_xlabel('training videos per class')
+            axes.legend(frameon=False, fontsize='small')
         figure.savefig(path, metadata={'Date': None})
 
 
@@ -167,10 +347,13 @@ def main() -> None:
         epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    runs, plot = bench.ROOT / 'tests/reference/claim.jsonl', bench.ROOT / 'assets/claim.svg'
+    runs, picture = bench.ROOT / 'tests/reference/claim.jsonl', bench.ROOT / 'assets/claim.svg'
     parser.add_argument('--out', default=str(runs), help='every run (default: %(default)s)')
-    parser.add_argument('--plot', default=str(plot), help='(default: %(default)s)')
-    parser.add_argument('--work-dir', default='work_dirs/claim', help='about 300 MB (default: %(default)s)')
+    parser.add_argument('--plot', default=str(picture), help='(default: %(default)s)')
+    parser.add_argument(
+        '--work-dir', default='work_dirs/claim', help='what images taught (default: %(default)s)'
+    )
+    parser.add_argument('--processes', type=int, default=os.cpu_count(), help='(default: %(default)s)')
     claim(parser.parse_args())
 
 
