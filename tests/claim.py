@@ -94,6 +94,13 @@ def draw(looks: tuple[int, ...], rng: np.random.Generator, image: bool) -> torch
     return torch.from_numpy(np.stack(frames).clip(0, 255).astype(np.uint8))
 
 
+def random_crop(pixels: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """The recipe's random part of pictures (N, 3, H, W), resized, mirrored or not."""
+    top, left, h, w = data.crop_box(*pixels.shape[-2:], rng)
+    pixels = data.resize(pixels[..., top : top + h, left : left + w], size, size)
+    return pixels.flip(-1) if rng.random() < 0.5 else pixels
+
+
 class Videos(data.VideoDataset):
     """In place of files: pictures in memory, `drawn`, a tensor of frames (3, 3, H, W) for each video."""
 
@@ -101,7 +108,7 @@ class Videos(data.VideoDataset):
         frames = self.drawn[int(path)]
         frames = frames[data.sample_frames(len(frames), self.clip_len, 1, rng=rng)[0]]
         if self.mode == 'train':
-            return data.random_resized_crop(frames, self.size, rng).transpose(0, 1)
+            return random_crop(frames, self.size, rng).transpose(0, 1)
         return data.center_crop(frames, self.size).transpose(0, 1).unsqueeze(0)
 
 
@@ -111,7 +118,7 @@ class Images(data.ImageDataset):
     def load(self, path: str, rng: np.random.Generator | None) -> torch.Tensor:
         picture = self.drawn[int(path)]
         if self.mode == 'train':
-            return data.random_resized_crop(picture, self.size, rng)[0]
+            return random_crop(picture, self.size, rng)[0]
         return data.center_crop(picture, self.size)
 
 
