@@ -254,17 +254,9 @@ def results(
     records: list[dict], arm: str, count=TUNED_AT, metric='top1', share=1, steps=STEPS, lr=None
 ) -> np.ndarray:
     """In %, of each seed in turn; with `lr` of the seeds that choose it."""
-    found = {}
-    for record in records:
-        wanted = {
-            'arm': arm,
-            'videos_per_class': count,
-            'share': share,
-            'steps': steps,
-            'lr': lr or record['lr'],
-        }
-        if wanted.items() <= record.items():
-            found[record['seed']] = 100 * record[metric]
+    wanted = {'arm': arm, 'videos_per_class': count, 'share': share, 'steps': steps}
+    wanted |= {'lr': lr} if lr else {}
+    found = {r['seed']: 100 * r[metric] for r in records if wanted.items() <= r.items()}
     return np.array([found[seed] for seed in (TUNING_SEEDS if lr else SEEDS)])
 
 
