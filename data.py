@@ -31,6 +31,7 @@ IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp', '.tif', '.tif
 VIDEO_ENDINGS = tuple(
     '.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .wmv .asf .ts .mts .m2ts .vob .ogv .3gp .3g2 .mxf'.split()
 )
+ENDINGS = VIDEO_ENDINGS + IMAGE_ENDINGS
 
 
 def generator(purpose: str, *numbers: int) -> np.random.Generator:

@@ -24,7 +24,7 @@ import sys
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 import data
@@ -107,7 +107,7 @@ def score_views(network: nn.Module, source: str, views: torch.Tensor, precision:
 def predict(
     network: nn.Module,
     source: str,
-    dataset: data.VideoDataset | data.ImageDataset,
+    dataset: Dataset,
     precision: str = 'fp32',
     batch_size: int = 1,
     workers: int = 0,
@@ -168,11 +168,7 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
 
 
 def show_mistakes(
-    out: str,
-    dataset: data.VideoDataset | data.ImageDataset,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    names: list[str] | None,
+    out: str, dataset: Dataset, scores: np.ndarray, labels: np.ndarray, names: list[str] | None
 ) -> int:
     """Draw, as a PNG, the eight wrongly classified samples whose wrong label scores highest, each one under
     both labels and their scores. `dataset` is a 'val' one: of a video its middle clip is drawn. Returns how
@@ -189,14 +185,6 @@ def show_mistakes(
     if rows:
         prepare.draw_rows(out, rows, titles, 112)
     return len(rows)
-
-
-def check_writable(path: str) -> None:
-    """Raise OSError now if `path` cannot be written later; leaves an existing file as it is."""
-    existed = os.path.exists(path)
-    open(path, 'ab').close()
-    if not existed:
-        os.remove(path)
 
 
 def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> str:
@@ -266,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.processes('evaluate.py') as device:
         with together():
             for path in filter(None, (args.dump, args.show)) if rank() == 0 else ():
-                check_writable(path)
+                if os.path.isdir(path) or not os.access(os.path.dirname(path) or '.', os.W_OK):
+                    raise OSError(f'{path}: no file that can be written')
             saved = checkpoint.load(args.ckpt)
             network = checkpoint.build(saved, args.ckpt).to(device)
         trained = saved.get('settings', {})
@@ -299,25 +288,21 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     kind = 'image' if args.images else 'video'
     if network.head(kind) is None:
         raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s')
-    prefix, *published = (
-        ('image_val', IMAGE_VAL_LIST, IMAGE_VAL_ROOT) if args.images else ('val', VAL_LIST, VAL_ROOT)
-    )
+    prefix = 'image_val' if args.images else 'val'
+    published = (IMAGE_VAL_LIST, IMAGE_VAL_ROOT) if args.images else (VAL_LIST, VAL_ROOT)
     val_list = args.val_list or trained.get(f'{prefix}_list', published[0])
     if val_list is None:
-        raise ValueError(
-            f'{args.ckpt}: no {kind}s were validated in training; name a list with --val-list and --val-root'
-        )
+        raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
     val_root = trained.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
-    if not os.path.exists(val_list):
-        raise FileNotFoundError(
-            f'{val_list}: no such file; run this in the folder of the training, or name a list with '
-            '--val-list and its folder with --val-root'
-        )
     classes = list(network.head(kind).parameters())[-1].shape[0]
-    samples = sources.read_list(val_list, val_root, classes, not args.images, names[kind])
-    sources.check_there(samples, val_list, '--val-root')
-    if os.path.isdir(val_list):
-        names[kind] = names[kind] or sources.class_names(val_list)
+    samples = sources.open_list(val_list, val_root, 'val', names[kind], classes, not args.images)
+    if os.path.isdir(val_list) and not names[kind]:
+        names[kind] = sources.class_names(val_list)
+        if len(names[kind]) != classes:
+            raise ValueError(
+                f'{val_list}: {len(names[kind])} class folders; which of the {classes} classes of the checkpoint '
+                'they are only a list can say, as it has no names'
+            )
     if args.images:
         return data.ImageDataset(samples, 'val', settings.get('size', 224))
     return data.VideoDataset(samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import BatchNorm, OmniSlowOnly
+from model import OmniSlowOnly
 
 
 def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
@@ -27,29 +27,21 @@ def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
 
     The parts are the stem, the four stages and the head; network and `x` may be on the meta device.
     """
-    parts = {'stem': ('conv1', 'bn1'), **{f'layer{i}': (f'layer{i}',) for i in range(1, 5)}}
-    parts['head'] = ('image_head',) if x.ndim == 4 else ('video_head',)
-    norms = dict.fromkeys(parts, 0)
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, output, part=part: norms.update({part: norms[part] + 2 * output.numel()})
-        )
-        for part, prefixes in parts.items()
-        for name, module in network.named_modules()
-        if isinstance(module, (BatchNorm, nn.BatchNorm1d)) and name.split('.')[0] in prefixes
-    ]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    norm = torch.ops.aten._native_batch_norm_legit_no_training  # which torch does not count by itself
+    count_norm = {norm: lambda shape, *_, **__: 2 * math.prod(shape)}
+    with FlopCounterMode(display=False, custom_mapping=count_norm) as counter, torch.no_grad():
         network.eval()(x)
-    for hook in hooks:
-        hook.remove()
-    macs = dict.fromkeys(parts, 0)
-    leaves = {name for name, module in network.named_modules() if not any(module.children())}
-    for name, counts in counter.get_flop_counts().items():
-        name = name.partition('.')[2]  # what is before it is the network itself
-        for part, prefixes in parts.items():
-            if name in leaves and name.split('.')[0] in prefixes:
-                macs[part] += sum(counts.values()) // 2
-    return {part: (macs[part], norms[part]) for part in parts}
+    flops = counter.get_flop_counts()
+    parts = {part: (0, 0) for part in ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'head')}
+    names = {'conv1': 'stem', 'bn1': 'stem', 'image_head': 'head', 'video_head': 'head'}
+    for name, module in network.named_modules():
+        if not any(module.children()):  # what contains others has their sum
+            ops = flops.get(f'{type(network).__name__}.{name}', {})
+            part = names.get(name.split('.')[0], name.split('.')[0])
+            macs, norms = parts[part]
+            norm_ops = ops.get(norm, 0)
+            parts[part] = macs + (sum(ops.values()) - norm_ops) // 2, norms + norm_ops
+    return parts
 
 
 def parameters(module: nn.Module) -> int:

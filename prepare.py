@@ -21,7 +21,6 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -47,12 +46,11 @@ def check(source: str, root: str = '') -> tuple[int, list[str]]:
 
     Returns how many there are, and `path: reason` of each bad one.
     """
-    endings = data.VIDEO_ENDINGS + data.IMAGE_ENDINGS
     if os.path.isdir(source):
-        paths = [path for path in sources.files_below(source) if path.lower().endswith(endings)]
+        paths = list(sources.files_below(source, data.ENDINGS))
         if not paths:
-            raise ValueError(f'{source}: no file below it ends with any of {" ".join(endings)}')
-    elif source.lower().endswith(endings):
+            raise ValueError(f'{source}: no file below it ends with any of {" ".join(data.ENDINGS)}')
+    elif source.lower().endswith(data.ENDINGS):
         paths = [source]
     else:
         samples = sources.read_list(source, root, videos=True)
@@ -89,7 +87,7 @@ def check_end(video: VideoReader) -> None:
     with av.open(video.path, options=options, metadata_errors='ignore') as container:
         stream = container.streams[video.stream.index]
         for packet in container.demux(stream):
-            packets, last = packets + 1, max(last, float((packet.pts or 0) * stream.time_base))
+            packets, last = packets + bool(packet.size), max(last, float((packet.pts or 0) * stream.time_base))
         duration = (container.duration or 0) / av.time_base
     if packets < 0.9 * stream.frames:
         raise ValueError(f'only {packets} of {stream.frames} frames are there')
@@ -113,16 +111,12 @@ def encode(
     if not os.path.isdir(source):
         raise ValueError(f'{source}: no such folder; encode takes a folder of videos or images')
     if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
-        raise ValueError(
-            f'{target}: the copy needs a folder of its own, not in {source}, or it is read as data'
-        )
+        raise ValueError(f'{target}: the copy needs a folder of its own outside {source}, which is data')
     jobs = []
-    for path in sources.files_below(source):
-        if path.lower().endswith(data.VIDEO_ENDINGS + data.IMAGE_ENDINGS):
-            jobs.append((path, os.path.join(target, os.path.relpath(path, source)), short_side, gop, crf))
+    for path in sources.files_below(source, data.ENDINGS):
+        jobs.append((path, os.path.join(target, os.path.relpath(path, source)), short_side, gop, crf))
     if not jobs:
-        endings = ' '.join(data.VIDEO_ENDINGS + data.IMAGE_ENDINGS)
-        raise ValueError(f'{source}: no videos or images below it; they end with {endings}')
+        raise ValueError(f'{source}: no videos or images below it; they end with {" ".join(data.ENDINGS)}')
     for folder in {os.path.dirname(job[1]): 0 for job in jobs}:
         os.makedirs(folder, exist_ok=True)
     if there := sum(os.path.exists(copy) for _, copy, *_ in jobs):
@@ -135,7 +129,7 @@ def encode(
             bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
     finally:
         for _, copy, *_ in jobs:
-            Path(f'{copy}.part').unlink(missing_ok=True)  # of a process that was killed
+            Path(f'{copy}.part').unlink(missing_ok=True)  # of what failed, or was stopped
     return len(jobs), bad
 
 
@@ -149,18 +143,14 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
     part = f'{target}.part'
-    try:
-        if is_small(source, short_side, gop):
-            check_file(source)
-            shutil.copyfile(source, part)
-        elif source.lower().endswith(data.IMAGE_ENDINGS):
-            encode_image(source, part, short_side)
-        else:
-            encode_video(source, part, short_side, gop, crf)
-        os.replace(part, target)
-    except Exception:
-        Path(part).unlink(missing_ok=True)
-        raise
+    if is_small(source, short_side, gop):
+        check_file(source)
+        shutil.copyfile(source, part)
+    elif source.lower().endswith(data.IMAGE_ENDINGS):
+        encode_image(source, part, short_side)
+    else:
+        encode_video(source, part, short_side, gop, crf)
+    os.replace(part, target)
 
 
 def is_small(source: str, short_side: int, gop: int) -> bool:
@@ -191,12 +181,10 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     """
     with VideoReader(source) as video, av.open(target, 'w', format='mp4') as container:
         check_end(video)
-        rate, count = video.stream.average_rate or Fraction(30), 0
-        options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode'}
+        options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
         options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'
-        stream = container.add_stream('libx264', rate=rate, options=options)
-        codec, reformatter = stream.codec_context, VideoReformatter()
-        codec.pix_fmt, codec.thread_count = 'yuv420p', 1
+        stream = container.add_stream('libx264', video.stream.average_rate or 30, options)
+        codec, reformatter, number = stream.codec_context, VideoReformatter(), -1
         for number, frame in video.decode():
             frame = upright_yuv(frame)
             if not number:
@@ -206,18 +194,16 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
                 # Where these are not said, BT.601 and limited range are what a reader takes them for.
                 codec.colorspace, codec.color_range = frame.colorspace, frame.color_range
                 codec.color_primaries, codec.color_trc = frame.color_primaries, frame.color_trc
-            levels = {'dst_color_range': codec.color_range}
-            size = codec.width, codec.height
+                size = codec.width, codec.height
             frame = reformatter.reformat(
-                frame, *size, 'yuv420p', interpolation='BICUBIC', threads=1, **levels
+                frame, *size, 'yuv420p', interpolation='BICUBIC', dst_color_range=codec.color_range, threads=1
             )
-            frame.pts, frame.time_base = number, 1 / rate
+            frame.pts, frame.time_base = number, 1 / codec.framerate
             frame.pict_type = PictureType.NONE  # else it would be a key frame again where it was one
             container.mux(stream.encode(frame))
-            count = number + 1
         container.mux(stream.encode(None))
-        if count < len(video):
-            raise ValueError(f'only {count} of {len(video)} frames can be decoded')
+        if number + 1 < len(video):
+            raise ValueError(f'only {number + 1} of {len(video)} frames can be decoded')
 
 
 def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
@@ -240,34 +226,37 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
 # show: samples as they are read and as they are fed -------------------------------------------------------
 
 
-def show(
-    out: str, videos: data.Samples | None, images: data.Samples | None, size: int = 112, seed: int = 0
-) -> list[str]:
-    """Draw the first three training clips and images of epoch 0, as read and as fed, as a PNG.
-
-    Gives a line for each file that is unreadable. Raises OSError where the picture cannot be written.
-    """
-    rows, titles, bad = [], [], []
-    videos = videos and data.VideoDataset(videos, size=size, seed=seed)
-    images = images and data.ImageDataset(images, size=size, seed=seed)
-    for dataset in filter(None, (videos, images)):
+def show(args: argparse.Namespace) -> None:
+    """Draw the first three training clips and images of epoch 0, as read and as fed, as a PNG."""
+    datasets = []
+    for source, kind in (('video', data.VideoDataset), ('image', data.ImageDataset)):
+        file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
+        if not file and os.path.exists(f'data/demo/{source}_train.txt'):
+            file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
+        if file:
+            samples = sources.read_list(file, root, videos=source == 'video')
+            datasets.append(kind(samples, size=args.size))
+    if not datasets:
+        raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
+    rows, titles = [], []
+    for dataset in datasets:
         for index in range(min(3, len(dataset))):
             item, path = dataset[0, index], dataset.samples.path(index)
-            bad += item.bad
+            for line in item.bad:
+                print(line)
             replaced = f' in place of {path}, which is unreadable' if item.bad else ''
             titles.append(f'{item.path} (label {item.label}){replaced}, and as it is fed')
-            if dataset is images:
-                with Image.open(item.path) as image:
+            if item.pixels.ndim == 3:
+                with data.quietly(), Image.open(item.path) as image:
                     rows.append([data.to_tensor(ImageOps.exif_transpose(image)), item.pixels])
                 continue
-            rng = data.augmentation(dataset, 0, index)  # as for the sample itself
-            with VideoReader(item.path) as video:
-                clip = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, rng=rng)
+            with VideoReader(item.path) as video:  # the same clip, by the same random numbers
+                clip = data.sample_frames(len(video), rng=data.augmentation(dataset, 0, index))
                 rows.append(torch.from_numpy(video.get_batch(clip[0])).permute(0, 3, 1, 2))
             rows.append(item.pixels.transpose(0, 1))
             titles.append('')
-    draw_rows(out, rows, titles, size)
-    return bad
+    draw_rows(args.out, rows, titles, args.size)
+    print(f'wrote {args.out}')
 
 
 def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
@@ -275,28 +264,22 @@ def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str],
 
     A label takes as many lines as it needs. Raises OSError where `out` cannot be written.
     """
-    gap, line = 2, 16
-
-    def to_image(pixels: Tensor) -> Image.Image:
-        width = max(round(pixels.shape[-1] * size / pixels.shape[-2]), 1)
-        return Image.fromarray(data.resize(pixels, size, width).permute(1, 2, 0).contiguous().numpy())
-
-    rows = [[to_image(pixels) for pixels in row] for row in rows]
-    width = max([480, *(sum(image.width + gap for image in row) + gap for row in rows)])
-    font = ImageFont.load_default(12)
+    gap, line, font = 2, 16, ImageFont.load_default(12)
+    strips = []  # the pictures of a row beside each other
+    for row in rows:
+        fitted = [data.resize(p, size, max(round(p.shape[-1] * size / p.shape[-2]), 1)) for p in row]
+        strip = torch.cat([torch.nn.functional.pad(p, (gap, 0), value=255) for p in fitted], dim=-1)
+        strips.append(Image.fromarray(strip.permute(1, 2, 0).contiguous().numpy()))
+    width = max([480, *(strip.width + gap for strip in strips)])
     titles = [ascii_lines(label, int((width - 4 * gap) / font.getlength('m'))) for label in labels]
     height = sum(len(lines) * line + size + 4 * gap for lines in titles)
     picture = Image.new('RGB', (width, height), 'white')
     drawing, y = ImageDraw.Draw(picture), 0
-    for lines, row in zip(titles, rows):
-        for text in lines:
-            drawing.text((2 * gap, y + gap), text, 'black', font)
-            y += line
-        x = gap
-        for image in row:
-            picture.paste(image, (x, y + 2 * gap))
-            x += image.width + gap
-        y += size + 4 * gap
+    for lines, strip in zip(titles, strips):
+        drawing.text((2 * gap, y + gap), '\n'.join(lines), 'black', font)
+        y += len(lines) * line + 2 * gap
+        picture.paste(strip, (0, y))
+        y += size + 2 * gap
     picture.save(out, format='PNG')
 
 
@@ -310,9 +293,6 @@ def ascii_lines(text: str, width: int) -> list[str]:
 # demo: a small set of real files --------------------------------------------------------------------------
 
 DEMO_PATTERNS = ('stripes', 'checks', 'dots', 'zigzag')
-DEMO_MOTIONS = ('rising', 'falling')
-DEMO_SIZE = (64, 96)  # height, width of every picture
-DEMO_FRAMES = 80
 
 
 def make_demo(
@@ -329,25 +309,23 @@ def make_demo(
     if (root / 'image_labels.txt').exists():
         print(f'reusing the set in {root}')
         return
-    videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in DEMO_MOTIONS]
+    videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in ('rising', 'falling')]
     jobs = []
-    for split, video_count, image_count in (
-        ('train', train_videos, train_images),
-        ('val', val_videos, val_images),
+    for source, split, count in (
+        ('video', 'train', train_videos),
+        ('image', 'train', train_images),
+        ('video', 'val', val_videos),
+        ('image', 'val', val_images),
     ):
-        for source, classes, count, suffix in (
-            ('video', videos, video_count, 'mp4'),
-            ('image', DEMO_PATTERNS, image_count, 'jpg'),
-        ):
-            (root / f'{source}s_{split}').mkdir(parents=True, exist_ok=True)
-            lines = []
+        classes, suffix = (videos, 'mp4') if source == 'video' else (DEMO_PATTERNS, 'jpg')
+        folder = root / f'{source}s_{split}'
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(root / f'{source}_{split}.txt', 'w') as file:
             for number in range(len(classes) * count):
                 label = number % len(classes)
                 name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
-                file = root / f'{source}s_{split}' / name
-                jobs.append((file, classes[label], source, split, number))
-                lines.append(f'{name} {label}\n')
-            (root / f'{source}_{split}.txt').write_text(''.join(lines))
+                jobs.append((folder / name, classes[label], source, split, number))
+                print(name, label, file=file)
     for job, reason in in_parallel(_draw_demo_file, jobs, f'making {root}'):
         if reason:
             raise OSError(f'{job[0]} cannot be written ({reason})')
@@ -358,7 +336,7 @@ def make_demo(
 def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int) -> None:
     rng = data.generator(f'demo {source} {split}', number)
     pattern, _, motion = name.partition(' ')
-    height, width = DEMO_SIZE
+    height, width = 64, 96
     fine = 2  # drawn twice as fine, for smooth edges
     period = fine * rng.uniform(13, 20)
     speed = period / 32 * rng.uniform(0.7, 1.3) * {'rising': 1, 'falling': -1, '': 0}[motion]  # per frame
@@ -367,19 +345,16 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
     slope = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-30, 30, 3)
     back, front = rng.uniform(20, 90, 3), rng.uniform(140, 250, 3)
     frames = []
-    for t in range(DEMO_FRAMES if source == 'video' else 1):
+    for t in range(80 if source == 'video' else 1):
         cover = _pattern(pattern, (y + speed * t) / period, x / period)
         cover = cover.reshape(height, fine, width, fine).mean((1, 3))[..., None]
         frames.append(np.clip(back + slope + (front - back) * cover + texture, 0, 255).astype(np.uint8))
     if source == 'image':
         Image.fromarray(frames[0]).save(path, quality=90)
         return
+    options = {'crf': '20', 'g': '24', 'preset': 'veryfast', 'threads': '1'}
     with av.open(str(path), 'w') as container:
-        stream = container.add_stream(
-            'libx264', rate=30, options={'crf': '20', 'g': '24', 'preset': 'veryfast'}
-        )
-        stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
-        stream.codec_context.thread_count = 1
+        stream = container.add_stream('libx264', 30, options, width=width, height=height)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
         container.mux(stream.encode(None))
@@ -424,11 +399,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     add = command('show', show)
     add('out', metavar='OUT.png')
-    for source, path in (('video', 'videos'), ('image', 'images')):
-        help = f'or class folders (default: data/demo/{source}_train.txt, if it is there)'
-        add(f'--{source}-list', metavar='LIST', help=help)
-        help = f'folder that its paths are below (default with that: data/demo/{path}_train)'
-        add(f'--{source}-root', metavar='DIR', help=help)
+    for source in ('video', 'image'):
+        add(
+            f'--{source}-list', metavar='LIST', help="or class folders (default: data/demo's, if it is there)"
+        )
+        add(f'--{source}-root', metavar='DIR', help='folder that its paths are below')
     add('--size', type=data.positive, default=112, help='of the crops (default: %(default)s)')
     return parser.parse_args(argv)
 
@@ -446,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
             bad = os.path.join(args.dst, 'bad_samples.txt')
             report(args.src, *encode(args.src, args.dst, args.short_side, args.gop, args.crf), bad)
         else:
-            show_lists(args)
+            show(args)
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         print(f'prepare.py: {"stopped" if stopped else error}', file=sys.stderr)
@@ -456,29 +431,12 @@ def main(argv: list[str] | None = None) -> None:
 def report(source: str, count: int, bad: list[str], out: str) -> None:
     """Say how many files are bad, write down which, and end with 1 if any is."""
     print(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
+    for line in bad[:10] + ['...'] * (len(bad) > 10):
+        print(line)
     if bad or os.path.exists(out):  # of an earlier time
         Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
     if bad:
-        print('\n'.join(bad[:10]) + '\n...' * (len(bad) > 10))
         sys.exit(1)
-
-
-def show_lists(args: argparse.Namespace) -> None:
-    """`show` with the command's lists, those of the demo where it names none."""
-    samples = []
-    for source in ('video', 'image'):
-        file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
-        if not file and os.path.exists(f'data/demo/{source}_train.txt'):
-            file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
-        samples.append(sources.read_list(file, root, videos=source == 'video') if file else None)
-    if not any(samples):
-        raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
-    folder = os.path.dirname(args.out) or '.'
-    if not os.path.isdir(folder):
-        raise ValueError(f'{folder}: no such folder to write {os.path.basename(args.out)} in')
-    for line in show(args.out, *samples, args.size):
-        print(line)
-    print(f'wrote {args.out}')
 
 
 if __name__ == '__main__':

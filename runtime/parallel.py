@@ -35,11 +35,9 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
                 yield job, result
             for job in left[:cores]:
                 [(_, result)] = results(function, [job], 1)
+                died = 'its process died: a crash of the decoder, or no memory'
                 bar.update()
-                yield (
-                    job,
-                    'its process died: a crash of the decoder, or no memory' if result is None else result,
-                )
+                yield job, died if result is None else result
             jobs = left[cores:] + jobs
 
 

@@ -41,12 +41,13 @@ def open_source(args: argparse.Namespace, name: str, val: str, per_gpu: int | No
         labels = read_label_map(label_map)
     elif os.path.isdir(list_file):
         labels = class_names(list_file)
-    samples = open_list(args, name, labels, len(labels) if labels else None, name == 'video')
+    root, videos = getattr(args, f'{name}_root'), name == 'video'
+    samples = open_list(list_file, root, name, labels, len(labels) if labels else None, videos)
     classes = len(labels) if labels else int(samples.labels.max()) + 1
     check_classes(samples, name, list_file, labels, classes)
     held_out = None
-    if getattr(args, f'{val}_list') and not args.no_validate:
-        held_out = open_list(args, val, labels, classes, name == 'video')
+    if (val_list := getattr(args, f'{val}_list')) and not args.no_validate:
+        held_out = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
     if name == 'video':
         clip = {'size': args.size, 'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
         train = data.VideoDataset(samples, 'train', seed=args.seed, flip=not args.no_flip, **clip)
@@ -59,13 +60,12 @@ def open_source(args: argparse.Namespace, name: str, val: str, per_gpu: int | No
 
 
 def open_list(
-    args: argparse.Namespace, prefix: str, labels: list[str] | None, classes: int | None, videos: bool
+    list_file: str, root: str, prefix: str, labels: list[str] | None, classes: int | None, videos: bool
 ) -> data.Samples:
     """The samples of --PREFIX-list and --PREFIX-root."""
-    list_file, root = getattr(args, f'{prefix}_list'), getattr(args, f'{prefix}_root')
     if not os.path.exists(list_file):
         raise FileNotFoundError(
-            f'{list_file}: no such list or folder of class folders, expected there by '
+            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there by '
             f'--{prefix.replace("_", "-")}-list; the README shows how the published data is laid out, and '
             '`python train.py --demo` makes a small set of its own'
         )
@@ -179,7 +179,7 @@ def read_list(
             if label < 0 or (num_classes is not None and label >= num_classes):
                 known = f'; {num_classes} classes are known' if num_classes is not None else ''
                 raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
-            if videos and not path.lower().endswith(data.VIDEO_ENDINGS + data.IMAGE_ENDINGS):
+            if videos and not path.lower().endswith(data.ENDINGS):
                 path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
             paths.append(os.fsencode(path))
             labels.append(label)
@@ -221,15 +221,14 @@ def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list
     files = [
         (path, numbers[name])
         for name in class_names(folder)
-        for path in files_below(os.path.join(folder, name), (os.path.realpath(folder),))
-        if path.lower().endswith(endings)
+        for path in files_below(os.path.join(folder, name), endings, (os.path.realpath(folder),))
     ]
     if not files:
         raise ValueError(f'{folder}: no file in its class folders ends with any of {" ".join(endings)}')
     return files
 
 
-def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def files_below(folder: str, endings: tuple[str, ...], above: tuple[str, ...] = ()) -> Iterator[str]:
     """The files of a folder at any depth, hidden ones aside, in alphabetical order. Links are followed, but
     not back up to one of the folders `above`."""
     real = os.path.realpath(folder)
@@ -237,8 +236,8 @@ def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
         if entry.name.startswith('.'):
             continue
         if entry.is_dir():
-            yield from files_below(entry.path, (*above, real))
-        else:
+            yield from files_below(entry.path, endings, (*above, real))
+        elif entry.name.lower().endswith(endings):
             yield entry.path
 
 

@@ -235,7 +235,9 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt missing.pth', 'missing.pth'),
         ('--ckpt data/demo/video_val.txt', 'video_val.txt: not a checkpoint'),
         ('--ckpt small.pth --dump nowhere/result.pkl', 'nowhere/result.pkl'),
+        ('--ckpt small.pth --dump data', 'data: no file that can be written'),
         ('--ckpt small.pth --val-list nowhere.txt', 'nowhere.txt'),
+        ('--ckpt nameless.pth --val-list data', 'data: 1 class folders; which of the 8 classes'),
         ('--ckpt small.pth --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
         ('--ckpt small.pth --clips 0', "'0' is not a whole number of at least 1"),
         ('--ckpt small.pth --clips -3', 'clips'),
@@ -255,6 +257,7 @@ def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
     flipped[len(flipped) // 2] ^= 1
     (demo / 'flipped.pth').write_bytes(flipped)
     state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {'video_labels': None}, demo / 'nameless.pth')
     state['model']['layer1.0.conv1.weight'][0] = float('nan')
     torch.save(state, demo / 'diverged.pth')
     assert message in fails(

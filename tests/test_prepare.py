@@ -203,7 +203,7 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
                 file.mux(packet)
     content = Path('first.mp4').read_bytes()
     Path('in/a/torn.mp4').write_bytes(content[: len(content) // 2])
-    for command in ('check in', 'encode in out'):
+    for command in ('check in', 'check in --out nowhere/bad.txt', 'encode in out'):
         ends_with(1, command)
         assert re.search('in/a/torn.mp4: only \\d\\d of 60 frames', capsys.readouterr().out), command
     assert not Path('out/a/torn.mp4').exists()
