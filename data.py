@@ -176,8 +176,8 @@ class ImageDataset(Dataset):
                 ImageOps.exif_transpose(image, in_place=True)  # which spares a copy
                 y, x = image.height / height, image.width / width
                 top, left, h, w = box
-                box = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
-                pixels = to_tensor(image.crop(box))
+                corners = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
+                pixels = to_tensor(image.crop(corners))
                 pixels = resize(pixels, self.size, self.size)
                 return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
             pixels = to_tensor(ImageOps.exif_transpose(image))
@@ -361,11 +361,11 @@ class JointDataset(Dataset):
 class JointSampler(Sampler):
     """The samples of every step from `epoch` to the last, for one process; a step is `accumulate` batches.
 
-    Each source is a stream, pass after pass over its samples, in an order that follows from (seed, pass)
-    alone. A step takes the next of each: `per_gpu` samples for each batch of each process. An epoch is one
-    pass over the first source, without the few at its end that make no full step; the others go on from where
-    they were, as often around as they must. Which batches a process has is a matter of numbering: 8 processes
-    draw what one with `accumulate` 8 does.
+    Each source is a stream, pass after pass over its samples, in an order that follows from (source,
+    seed, pass) alone. A step takes the next of each: `per_gpu` samples for each batch of each process. An
+    epoch is one pass over the first source, without the few at its end that make no full step; the others go
+    on from where they were, as often around as they must. Which batches a process has is a matter of
+    numbering: 8 processes draw what one with `accumulate` 8 does.
 
     `done` says how many samples all processes together have drawn: of the first source in this epoch, of the
     others since the run began. A batch has all sources in one list of keys (source, pass, index): a
@@ -421,8 +421,8 @@ class JointSampler(Sampler):
                 for number in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
                     batch = []
                     for source, count in self.per_gpu.items():
-                        start = done[source] + number * count
-                        start += epoch * self.sizes[source] if source == self.first else 0
+                        passes = epoch if source == self.first else 0  # whose `done` is of this epoch
+                        start = passes * self.sizes[source] + done[source] + number * count
                         batch += [self._key(source, place) for place in range(start, start + count)]
                     yield batch
                 done = self.after_step(done)
@@ -430,11 +430,11 @@ class JointSampler(Sampler):
 
     def _key(self, source: str, place: int) -> tuple[str, int, int]:
         """What stands at a place of a source's stream."""
-        number, place = divmod(place, self.sizes[source])
-        if self.orders.get(source, (None,))[0] != number:
-            order = generator(f'{source} order', self.seed, number).permutation(self.sizes[source])
-            self.orders[source] = number, order
-        return source, number, int(self.orders[source][1][place])
+        passes, place = divmod(place, self.sizes[source])
+        if self.orders.get(source, (None,))[0] != passes:
+            order = generator(f'{source} order', self.seed, passes).permutation(self.sizes[source])
+            self.orders[source] = passes, order
+        return source, passes, int(self.orders[source][1][place])
 
 
 def collate(samples: list[tuple[str, Item]]) -> dict[str, Item]:

@@ -11,11 +11,6 @@ Lists, label names and the input's size come from the checkpoint; an official MM
 them and is taken as the published recipe. Runs on a GPU where there is one, else on the CPU.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
-
 import argparse
 import os
 import pickle
@@ -298,11 +293,6 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     samples = sources.open_list(val_list, val_root, 'val', names[kind], classes, not args.images)
     if os.path.isdir(val_list) and not names[kind]:
         names[kind] = sources.class_names(val_list)
-        if len(names[kind]) != classes:
-            raise ValueError(
-                f'{val_list}: {len(names[kind])} class folders; which of the {classes} classes of the checkpoint '
-                'they are only a list can say, as it has no names'
-            )
     if args.images:
         return data.ImageDataset(samples, 'val', settings.get('size', 224))
     return data.VideoDataset(samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops)

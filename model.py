@@ -27,11 +27,11 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with shared weights and, for each source, running statistics of its own.
+    """BatchNorm2d with shared weights, and running statistics of their own for clips and for images.
 
     While training, each batch is normalized by its own statistics, as always. `running_mean` and
-    `running_var` follow the videos only; images have `image_running_mean` and `image_running_var`, so that
-    they can be evaluated too.
+    `running_var` follow the videos only; images, of whatever source, have `image_running_mean` and
+    `image_running_var`, so that they can be evaluated too.
     """
 
     def __init__(self, channels: int):
@@ -44,8 +44,6 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var = self.image_running_mean, self.image_running_var
         else:
             mean, var = self.running_mean, self.running_var
-            if self.training:
-                self.num_batches_tracked.add_(1)
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
@@ -113,6 +111,9 @@ class OmniSlowOnly(nn.Module):
     Input is uint8, or float of the same range 0..255; it is normalized here, so that nobody can forget to.
     Setting `model.normalize = False` takes float input that is normalized already. Weights are initialized by
     PyTorch's defaults and kept in channels-last memory.
+
+    Of another network the program asks these arguments, `from_state_dict`, `head`, `features` and `forward`;
+    `fold_batchnorm` leaves other BatchNorms as they are.
     """
 
     def __init__(

@@ -8,11 +8,6 @@
 Each command is a function of that name, `make_demo` the first; `in_parallel` is how they use all cores.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
-
 import argparse
 import contextlib
 import os
@@ -87,7 +82,8 @@ def check_end(video: VideoReader) -> None:
     with av.open(video.path, options=options, metadata_errors='ignore') as container:
         stream = container.streams[video.stream.index]
         for packet in container.demux(stream):
-            packets, last = packets + bool(packet.size), max(last, float((packet.pts or 0) * stream.time_base))
+            packets += bool(packet.size)  # the last one is empty
+            last = max(last, float((packet.pts or 0) * stream.time_base))
         duration = (container.duration or 0) / av.time_base
     if packets < 0.9 * stream.frames:
         raise ValueError(f'only {packets} of {stream.frames} frames are there')
@@ -410,7 +406,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     open_outputs()
     try:
         if args.command == 'demo':

@@ -12,11 +12,6 @@ Begin with `train_step`, `train_epoch` and `main`; settings stand before them. W
 runtime/.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the run listens: no traceback
-
 import argparse
 import math
 import os
@@ -27,14 +22,13 @@ from torch import Tensor, nn
 
 import data
 import evaluate
-from runtime.distributed import autocast, processes, rank, show, sums_gradients, world_size
+from runtime.distributed import autocast, processes, rank, show, world_size
 from runtime.run import Run
 
-# Settings: each stands here once, with its default and its reason -----------------------------------------
+# Settings, each with its default and its reason -----------------------------------------------------------
 
-# What the demo sets otherwise: a network and a picture size for a CPU, and its own data. Of the recipe only
-# the clipping differs: it holds back the image loss, whose gradients are 20 times the videos' in the first
-# steps.
+# What the demo sets otherwise: a network, a picture size and a length for a CPU, and its own data. It clips
+# more, which holds back the image loss: its gradients are 20 times the videos' in the first steps.
 DEMO = {
     'work_dir': 'work_dirs/demo',
     'layers': (1, 1, 1, 1),
@@ -142,6 +136,14 @@ def learning_rate(
     return base_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
+def make_optimizer(network: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD on all parameters, in one kernel."""
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
+    for parameter in network.parameters():  # else unset where the fused step skips the first update
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -151,13 +153,13 @@ def train_step(
     device: torch.device,
     precision: str = 'fp32',
     clip_norm: float = 40,
-) -> tuple[list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]], Tensor]:
+) -> tuple[list[dict[str, Tensor]], Tensor]:
     """One joint step on batches of `data.collate`: videos and images, one summed loss, one update.
 
     More than one batch is gradient accumulation: each is normalized by itself, as on a process of its own.
-    `seeds` has one of dropout, the only random numbers here, for each. Returns (losses, logits, labels) of
-    each batch, by source, and the norm of all gradients before clipping, all of them on the device: nothing
-    here waits for a GPU. Where the norm is not finite, no weight is changed.
+    `seeds` has one of dropout, the only random numbers here, for each. Returns of each batch `{source}_loss`
+    and `{source}_top1`, and the norm of all gradients before clipping, on the device: nothing here waits for
+    a GPU. Where the norm is not finite, no weight is changed.
     """
     results = []
     optimizer.zero_grad()
@@ -165,15 +167,19 @@ def train_step(
         torch.manual_seed(seed)
         pixels = {source: item.pixels.to(device, non_blocking=True) for source, item in batch.items()}
         labels = {source: item.label.to(device, non_blocking=True) for source, item in batch.items()}
-        with autocast(device, precision), sums_gradients(net, number == len(batches)):
+        net.require_backward_grad_sync = number == len(batches)  # by which DDP adds them up once
+        with autocast(device, precision):
             logits = net(pixels)  # of videos (16, 400), of images (85, 1000)
             losses = {source: F.cross_entropy(logits[source], labels[source]) for source in batch}
             loss = sum(losses.values()) / len(batches)
         scaler.scale(loss).backward()  # the shared weights get the gradients of both
-        results.append((losses, logits, labels))
+        results.append({})
+        for source in batch:
+            results[-1][f'{source}_loss'] = losses[source].detach()
+            results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-    if precision != 'fp16':  # as the scaler does: where this is not 0, the fused step changes nothing
+    if precision != 'fp16':  # for which the scaler does it: where this is not 0, the fused step does nothing
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
@@ -191,11 +197,12 @@ def train_epoch(run: Run) -> None:
         lr = learning_rate(iteration, run.steps_per_epoch, args.lr, args.warmup_epochs, args.epochs)
         for group in run.optimizer.param_groups:
             group['lr'] = lr
-        numbers = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)
-        seeds = [data.generator('dropout', args.seed, iteration, n).integers(2**62).item() for n in numbers]
+        mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # of the step's batches
+        seeds = [data.generator('dropout', args.seed, iteration, n).integers(2**62).item() for n in mine]
         results, grad_norm = train_step(
             run.net, run.optimizer, run.scaler, batches, seeds, run.device, run.precision, args.clip_norm
         )
+        run.average_first_steps(iteration)  # the running statistics of a run from nothing
         run.count(step, batches, results, grad_norm)
         run.log_step(step, lr)
 
@@ -221,7 +228,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
     with processes('train.py') as device:
         if args.auto_scale_lr:
             args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
-        run = Run(args, device)
+        run = Run(args, device, make_optimizer)
         while run.epoch < args.epochs:
             train_epoch(run)
             validating = run.is_checkpoint_epoch() and any(source.val for source in run.sources)
@@ -231,13 +238,13 @@ def main(argv: list[str] | None = None) -> nn.Module:
             run.end_epoch(validate(run) if validating else {})
         run.close()
         if args.demo and not args.no_validate:
-            test(run)
+            show_held_out(run)
         images = ' --images' if args.image_only else ''
         show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
     return run.network
 
 
-def test(run: Run) -> None:
+def show_held_out(run: Run) -> None:
     """Print the demo's table: what the trained network makes of held-out files."""
     show(f'\n{"held-out":28}{"files":>8}{"chance":>8}{"top-1":>8}')
     args = run.args

@@ -24,24 +24,15 @@ OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is whole or not there, whenever the process
     dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
-    temporary, state = folder / 'latest.pth.tmp', to_cpu(state)
+    state = to_cpu(state)
     try:
-        for left in folder.glob('*.pth.tmp'):
-            if OURS.fullmatch(left.stem):
-                left.unlink()  # never written to: after a kill it can be the same file as a checkpoint
-        with open(temporary, 'wb') as file:
-            torch.save(state, file)
-            sync(file)
-        for name in names[:-1]:
+        for name in names:
             beside = folder / f'{name}.tmp'
-            try:
-                os.link(temporary, beside)
-            except OSError:  # not every file system has hard links
-                with open(temporary, 'rb') as whole, open(beside, 'wb') as file:
-                    shutil.copyfileobj(whole, file)
-                    sync(file)
+            with open(beside, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(beside, folder / name)
-        os.replace(temporary, folder / names[-1])
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -50,18 +41,12 @@ def write(state: dict, folder: Path, *names: str) -> None:
             raise
         reason = getattr(error, 'strerror', None) or 'writing failed'
         try:
-            temporary.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             reason += f', {shutil.disk_usage(folder).free >> 20} MB are free there'
         except OSError:
             pass
-        line = f'{folder / names[0]} cannot be written ({reason}); the older checkpoints are intact'
+        line = f'{folder / name} cannot be written ({reason}); the older checkpoints are intact'
         raise OSError(line) from None
-
-
-def sync(file) -> None:
-    """Have the disk hold all of an open file."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def to_cpu(value):
@@ -197,14 +182,12 @@ def load_all_but_other_heads(
     Heads differ where their shapes do; `other` names more of them by their source. Returns the sources whose
     head kept its own. Raises ValueError, as `load_into` does, where the backbones differ.
     """
-
-    def part(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-        return {key: value for key, value in weights.items() if key.startswith(f'{source}_head.')}
-
     own, kept = network.state_dict(), []
-    heads = [key.split('.')[0] for key in [*own, *state]]
-    for source in dict.fromkeys(head.removesuffix('_head') for head in heads if head.endswith('_head')):
-        ours, theirs = part(own, source), part(state, source)
+    for source in dict.fromkeys(key.split('_head.')[0] for key in [*own, *state] if '_head.' in key):
+        ours, theirs = (
+            {key: value for key, value in weights.items() if key.startswith(f'{source}_head.')}
+            for weights in (own, state)
+        )
         same = {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
         if not same or source in other:
             state = {key: value for key, value in state.items() if key not in theirs} | ours
@@ -234,14 +217,12 @@ def inflate_2d(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor
     images_only = ours and not any(key.startswith('video_head.') for key in state)
     inflated = {}
     for key, own in network.state_dict().items():
-        if key.split('.')[0].endswith('_head'):
+        if '_head.' in key or key.endswith('num_batches_tracked'):  # which no momentum here asks for
             continue
         source = key if ours else key.replace('image_running_', 'running_')
         if images_only:
             source = source.replace('.running_', '.image_running_')
         value = state.get(source, state.get(f'backbone.{source}'))
-        if value is None and key.endswith('num_batches_tracked'):
-            value = torch.zeros_like(own)  # files from before PyTorch 0.4.1 lack it
         if value is None:
             raise ValueError(f'no weight {source}')
         if is_temporal(own) and tuple(value.shape[2:]) == (1, 1):

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ def processes(program: str):
     does the death of one of them or of a loader worker. Anything else shows its traceback.
     """
     open_outputs()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the program without a traceback
     try:
         try:
             yield join(program)
@@ -51,8 +52,10 @@ def processes(program: str):
         print(f'{program}: {error}', file=sys.stderr)
         leave(1)
     except Exception as error:
-        if isinstance(error, RuntimeError) and any(s in str(error) for s in ('DataLoader', 'gloo', 'NCCL')):
-            print(f'{program}: {DIED} ({str(error).splitlines()[0]})', file=sys.stderr)
+        text = str(error)
+        lost = text.startswith(('DataLoader', 'Pin memory')) or 'gloo' in text or 'NCCL' in text
+        if isinstance(error, RuntimeError) and lost:
+            print(f'{program}: {DIED} ({text.splitlines()[0]})', file=sys.stderr)
             leave(1)
         if not dist.is_initialized():
             raise
@@ -152,11 +155,6 @@ def add_up(*numbers: int) -> list[int]:
     return sums.tolist()
 
 
-def sums_gradients(net: torch.nn.Module, now: bool):
-    """A context in which a backward pass ends with adding up the gradients of all processes, or does not."""
-    return nullcontext() if now or world_size() == 1 else net.no_sync()
-
-
 @contextmanager
 def together():
     """An OSError or ValueError of one rank becomes the UserError of all. No collective may stand inside: the
@@ -202,10 +200,8 @@ class StopSignals:
         self.received = signum
         if rank() == 0:  # not by print, which may be what was interrupted
             line = f'\n{signal.Signals(signum).name}: saving after this step; once more ends the run now\n'
-            try:
+            with suppress(OSError):
                 os.write(2, line.encode())
-            except OSError:
-                pass
 
     def asks(self) -> int:
         """The signal, if any. Ranks that a killed torchrun has left behind stop as if it had sent one."""

@@ -37,9 +37,8 @@ class Log:
     def __init__(self, folder: Path, device: torch.device):
         self.folder, self.device, self.board = folder, device, None
         self.file = open(folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
-        if rank() == 0:
-            if not locked(self.file):
-                raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
+        if rank() == 0 and not locked(self.file):
+            raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
         self.reset()
 
     def open_board(self, steps: int) -> None:
@@ -62,36 +61,27 @@ class Log:
 
     def reset(self) -> None:
         """Begin a new line, and its clock."""
-        self.steps, self.rows, self.files, self.data_time, self.start = [], [], [], 0.0, time.perf_counter()
+        self.rows, self.data_time, self.start = [], 0.0, time.perf_counter()
 
-    @torch.no_grad()
-    def add(self, step: int, files: list[str], results: list[tuple], grad_norm: Tensor) -> None:
+    def add(self, step: int, files: list[str], results: list[dict], grad_norm: Tensor) -> None:
         """Add what `train_step` gave."""
-        batches = []
-        for losses, logits, labels in results:
-            self.sources = list(losses)
-            hits = [(logits[source].argmax(1) == labels[source]).float().mean() for source in losses]
-            batches.append(torch.stack([*losses.values(), *hits]).float())
-        self.rows.append(torch.cat([torch.stack(batches).mean(0), grad_norm.float().view(1)]))
-        self.steps.append(step)
-        self.files.append(files)
+        means = {key: torch.stack([result[key] for result in results]).mean() for key in results[0]}
+        self.rows.append((step, files, means | {'grad_norm': grad_norm}))
 
     def not_finite(self) -> tuple[int, list[str]] | None:
         """The first step since the last reset whose loss is not finite, and its files."""
-        if not self.rows:
-            return None
-        losses = torch.stack(self.rows)[:, : len(self.sources)]
-        broken = (~losses.isfinite()).any(1).nonzero()
-        return (self.steps[broken[0]], self.files[broken[0]]) if len(broken) else None
+        for step, files, numbers in self.rows:
+            losses = [value for key, value in numbers.items() if key.endswith('_loss')]
+            if not torch.stack(losses).isfinite().all():
+                return step, files
+        return None
 
     def read(self) -> dict[str, float]:
         """Means per step since the last reset."""
-        means = torch.stack(self.rows).mean(0).tolist()
-        count = len(self.sources)
-        record = {'loss': sum(means[:count])}
-        record |= {f'{source}_loss': value for source, value in zip(self.sources, means)}
-        record |= {f'{source}_top1': value for source, value in zip(self.sources, means[count:])}
-        record['grad_norm'] = means[-1]
+        rows = [numbers for _, _, numbers in self.rows]
+        means = torch.stack([torch.stack([*row.values()]) for row in rows]).mean(0).tolist()
+        record = dict(zip(rows[0], means))
+        record['loss'] = sum(value for key, value in record.items() if key.endswith('_loss'))
         record['time'] = (time.perf_counter() - self.start) / len(self.rows)
         record['data_time'] = self.data_time / len(self.rows)
         if self.device.type == 'cuda':
@@ -102,12 +92,13 @@ class Log:
 
     def line(self, record: dict, epochs: int, steps: int) -> str:
         """A record as one reads it."""
-        losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in self.sources)
+        sources = [key.removesuffix('_loss') for key in record if key.endswith('_loss')]
+        losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in sources)
         parts = [
             f'epoch {record["epoch"]}/{epochs} step {record["step"]}/{steps}',
             f'lr {record["lr"]:.4g}',
             f'loss {record["loss"]:.3f} ({losses})',
-            'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in self.sources),
+            'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in sources),
             f'grad {record["grad_norm"]:.2f}',
             f'{record["time"]:.3f} s/step (data {record["data_time"]:.3f})',
             f'{record["memory_mb"]:.0f} MB',

@@ -5,11 +5,11 @@ running statistics; whatever else a step depends on follows from them and the se
 """
 
 import argparse
-import inspect
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Run:
     All public methods are called on all ranks alike.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device, make_optimizer: Callable):
         self.args, self.device, self.folder = args, device, Path(args.work_dir)
         self.precision, why = distributed.pick_precision(args.precision, device)
         if args.deterministic:
@@ -65,7 +65,7 @@ class Run:
             if saved is not None:
                 compare_data(saved, args, self.sources, path)
             self.network = self._new_network(saved, path)
-        lists = [set and set.samples.fingerprint for s in self.sources for set in (s.train, s.val)]
+        lists = [d and d.samples.fingerprint for s in self.sources for d in (s.train, s.val)]
         found = saved and (saved['epoch'], saved['done']), lists
         if gather(found) != [found] * world_size():
             raise UserError(
@@ -75,7 +75,9 @@ class Run:
         self.from_nothing = not (args.init or args.init_2d)
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.epoch, self.done, self.best = 0, dict(self.sampler.done), -1.0
-        self._make_optimizer()
+        self._prepare_network()
+        self.optimizer = make_optimizer(self.network, args.lr, args.momentum, args.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == 'fp16')
         if saved is not None:
             self._go_on_from(saved)
         elif args.demo and not args.resume and rank() == 0:  # over an older demo
@@ -94,7 +96,7 @@ class Run:
 
         self.stop, self.trouble = distributed.StopSignals(), ''
         bad_list = self.folder / 'bad_samples.txt'
-        self.bad_list = open(bad_list, 'a+', buffering=1, errors='surrogateescape')
+        self.bad_list = open(bad_list, 'a+', 1, 'utf-8', 'surrogateescape')
         self.bad_list.seek(0)
         self.listed = set(self.bad_list)
         self._start_loader()
@@ -124,31 +126,22 @@ class Run:
             show(f'starting from {args.init}{heads}')
         return network
 
-    def _make_optimizer(self) -> None:
-        args, network = self.args, self.network.to(self.device)
+    def _prepare_network(self) -> None:
+        """Put it on the device, behind torch.compile and DDP where they are wanted."""
+        network = self.network.to(self.device)
         # Forced, as Inductor would leave channels-last where a convolution over three frames narrows.
         options = {'force_layout_optimization': True}
-        self.net = torch.compile(network, options=options) if args.compile else network
+        self.net = torch.compile(network, options=options) if self.args.compile else network
         if world_size() > 1:
-            # Every rank keeps its own running statistics. torch 2.14 has renamed the flag that says so.
-            known = inspect.signature(DistributedDataParallel).parameters
-            flag = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
             device_ids = [self.device.index] if self.device.type == 'cuda' else None
-            self.net = DistributedDataParallel(
-                self.net, device_ids, gradient_as_bucket_view=True, **{flag: False}
-            )
+            self.net = DistributedDataParallel(self.net, device_ids, gradient_as_bucket_view=True)
+            self.net.broadcast_buffers = False  # every rank keeps its own running statistics
             # In its first backward pass DDP learns in which order gradients come, and orders its sums by it
             # from then on. Done once on nothing, the first step after a restart adds up in that order too.
             nothing = {s.name: torch.zeros(1, *s.train.shape, device=self.device) for s in self.sources}
             with torch.compiler.set_stance('force_eager'):
                 sum(logits.sum() for logits in self.net.eval()(nothing).values()).backward()
             self.net.train()
-        self.optimizer = torch.optim.SGD(
-            network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
-        )
-        for parameter in network.parameters():  # else unset where the fused step skips the first update
-            self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'fp16')
 
     def _go_on_from(self, saved: dict) -> None:
         """Take up a checkpoint's state; say what has changed since."""
@@ -158,16 +151,15 @@ class Run:
         self.optimizer.load_state_dict(saved['optimizer'])
         for group in self.optimizer.param_groups:  # which come with the checkpoint's settings
             group.update(momentum=self.args.momentum, weight_decay=self.args.weight_decay)
-        if saved['scaler'] and self.scaler.is_enabled():
+        if saved['scaler']:
             self.scaler.load_state_dict(saved['scaler'])
         statistics = saved['statistics']
-        if len(statistics) == world_size():
-            set_statistics(self.network, statistics[rank()].to(self.device))
-        else:
-            set_statistics(self.network, statistics.mean(0).to(self.device))
+        if len(statistics) != world_size():
             name = self.sampler.first
             left = f'{self.sampler.sizes[name] - self.done[name]} {name}s of epoch {self.epoch + 1}'
             show(f'{len(statistics)} processes -> {world_size()}: the other {left} are dealt out anew')
+            statistics = statistics.mean(0).expand(world_size(), -1)
+        set_statistics(self.network, statistics[rank()])
         harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(self.args).items():
             was = saved['settings'].get(key, value)
@@ -204,9 +196,7 @@ class Run:
         if args.compile:
             show('compiling: the first steps take minutes')
         if self.epoch >= args.epochs:
-            show(
-                f'all {args.epochs} epochs are done: nothing is left to train, unless --epochs asks for more'
-            )
+            show(f'all {args.epochs} epochs are done: nothing is left to train')
 
     def _start_loader(self) -> None:
         self.sampler.epoch, self.sampler.done = self.epoch, self.done
@@ -278,13 +268,14 @@ class Run:
                 f'--max-bad {self.args.max_bad:g} allows; {self.folder}/bad_samples.txt lists them'
             )
 
-    def count(self, step: int, batches: list, results: list[tuple], grad_norm: Tensor) -> None:
-        """A step is done; `results` and `grad_norm` are those of `train_step`."""
-        if self.from_nothing and self.epoch * self.steps_per_epoch + step < 100:
-            average_evenly(
-                self.network, self.statistics, self.epoch * self.steps_per_epoch + step, len(batches)
-            )
+    def average_first_steps(self, iteration: int) -> None:
+        """After each of the first 100 steps of a run from nothing: see `average_evenly`."""
+        if self.from_nothing and iteration < 100:
+            average_evenly(self.network, self.statistics, iteration, self.args.accumulate)
             self.statistics = flatten(self.network)
+
+    def count(self, step: int, batches: list, results: list[dict], grad_norm: Tensor) -> None:
+        """A step is done; `results` and `grad_norm` are those of `train_step`."""
         files = [path for batch in batches for item in batch.values() for path in item.path]
         self.log.add(step, files, results, grad_norm)
         self.done = self.sampler.after_step(self.done)
@@ -320,7 +311,7 @@ class Run:
 
     def average_statistics(self) -> None:
         """Give every rank the mean of all ranks' running statistics, as the reference does after an epoch."""
-        set_statistics(self.network, gather_statistics(self.network).mean(0).to(self.device))
+        set_statistics(self.network, gather_statistics(self.network).mean(0))
 
     def is_checkpoint_epoch(self) -> bool:
         """Whether this epoch ends with a validation and a checkpoint of its own."""
@@ -372,10 +363,12 @@ class Run:
         self.last_save = time.monotonic()
 
     def close(self) -> None:
-        """Let go of DDP and the log's events."""
+        """Let go of DDP, the log's events and the signals."""
         self.net = self.network
         if self.log.board:
             self.log.board.close()
+        for signum in (signal.SIGTERM, signal.SIGINT):  # there is nothing left to save
+            signal.signal(signum, signal.SIG_DFL)
 
 
 # Opening a run --------------------------------------------------------------------------------------------
@@ -388,6 +381,8 @@ def find_checkpoint(args: argparse.Namespace, folder: Path) -> tuple[dict | None
     ValueError where what is asked for cannot be had.
     """
     if args.resume and args.resume != 'auto':
+        if checkpoint.ours(folder) and Path(args.resume).resolve().parent != folder.resolve():
+            raise ValueError(f'{folder} holds another run; --work-dir takes another folder')
         return checkpoint.load_run(args.resume), args.resume
     if args.resume:
         saved, path = checkpoint.newest(folder, show)
@@ -428,12 +423,7 @@ def set_statistics(network: nn.Module, flat: Tensor) -> None:
 
 def gather_statistics(network: nn.Module) -> Tensor:
     """The running statistics of all ranks, float (ranks, N), on the CPU of every rank."""
-    flat = flatten(network).cpu()
-    rows = [torch.empty_like(flat) for _ in range(world_size())]
-    if world_size() == 1:
-        return flat.unsqueeze(0)
-    torch.distributed.all_gather(rows, flat)
-    return torch.stack(rows)
+    return torch.stack(gather(flatten(network).cpu()))
 
 
 def average_evenly(network: nn.Module, before: Tensor, step: int, batches: int) -> None:

@@ -5,7 +5,6 @@ with a checkpoint's. Begin with `open_sources`; the format of a list is with `re
 import argparse
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,21 +17,18 @@ def open_sources(args: argparse.Namespace) -> list[data.Source]:
     """What the run learns from. Raises OSError or ValueError where a list is not usable."""
     sources = []
     if not args.image_only:
-        sources.append(open_source(args, 'video', 'val', args.videos_per_gpu))
+        sources.append(open_source(args, 'video', 'val'))
     if not args.video_only:
-        sources.append(open_source(args, 'image', 'image_val', args.images_per_gpu))
-    for source in sources:
-        if source.per_gpu is None:
-            source.per_gpu = max(round(args.videos_per_gpu * 85 / 16), 2)
-        if source.per_gpu == 1:
-            raise ValueError(
-                f'--{source.name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics'
-            )
+        sources.append(open_source(args, 'image', 'image_val'))
     return sources
 
 
-def open_source(args: argparse.Namespace, name: str, val: str, per_gpu: int | None) -> data.Source:
-    """The source of --NAME-list, --NAME-root and --NAME-labels, validated on --VAL-list and --VAL-root."""
+def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
+    """The source of --NAME-list, --NAME-root, --NAME-labels and --NAMEs-per-gpu, validated on --VAL-list and
+    --VAL-root."""
+    per_gpu = getattr(args, f'{name}s_per_gpu') or max(round(args.videos_per_gpu * 85 / 16), 2)
+    if per_gpu == 1:
+        raise ValueError(f'--{name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics')
     list_file, label_map = getattr(args, f'{name}_list'), getattr(args, f'{name}_labels')
     labels = None
     if label_map:
@@ -65,8 +61,8 @@ def open_list(
     """The samples of --PREFIX-list and --PREFIX-root."""
     if not os.path.exists(list_file):
         raise FileNotFoundError(
-            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there by '
-            f'--{prefix.replace("_", "-")}-list; the README shows how the published data is laid out, and '
+            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there '
+            f'by --{prefix.replace("_", "-")}-list; the README shows how the published data is laid out, and '
             '`python train.py --demo` makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
@@ -98,8 +94,6 @@ def check_classes(
             f'{list_file}: no {name} of {len(empty)} of the {classes} classes, such as {first}'
             + ('; labels are expected to count from 0' if empty[0] == 0 else '')
         )
-    if twice := [label for label, count in Counter(labels or ()).items() if count > 1]:
-        show(f'{list_file}: {len(twice)} class names stand for several classes, such as {twice[0]}')
     endings = tuple(ending.encode() for ending in data.IMAGE_ENDINGS)
     pictures = sum(path.lower().endswith(endings) for path in samples.paths) if name == 'video' else 0
     if pictures:
@@ -150,21 +144,22 @@ def read_list(
 
     With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
     too, and a name without a video's ending gets `.mp4`. Raises ValueError with file and line for a line
-    without a label, or with one that is negative, not below `num_classes` or, where that is not known, far
-    beyond the number of samples.
+    without a label, or with one that is negative or not below `num_classes`, 100,000 where that is not known.
 
     A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
     """
     if os.path.isdir(list_file):
-        files = class_files(
-            list_file, names or class_names(list_file), data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS
-        )
+        names = names or class_names(list_file)
+        if num_classes not in (None, len(names)):
+            raise ValueError(
+                f'{list_file}: {len(names)} class folders; which of the {num_classes} classes they are '
+                'only a list can say'
+            )
+        files = class_files(list_file, names, data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS)
         paths = [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files]
         labels = [label for _, label in files]
-        if num_classes is not None and max(labels) >= num_classes:
-            raise ValueError(f'{list_file}: {max(labels) + 1} class folders; {num_classes} classes are known')
         return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
-    paths, labels, lines = [], [], []
+    paths, labels, limit = [], [], num_classes or 100_000
     with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -176,22 +171,14 @@ def read_list(
                     'expected "path label"'
                 )
             path, label = match[1], int(match[2])
-            if label < 0 or (num_classes is not None and label >= num_classes):
-                known = f'; {num_classes} classes are known' if num_classes is not None else ''
-                raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
+            if not 0 <= label < limit:
+                raise ValueError(f'{list_file}:{number}: label {label} is out of range, 0 to {limit - 1}')
             if videos and not path.lower().endswith(data.ENDINGS):
                 path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
             paths.append(os.fsencode(path))
             labels.append(label)
-            lines.append(number)
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
-    highest = int(np.argmax(labels))
-    if num_classes is None and labels[highest] > 10_000 + 10 * len(labels):
-        raise ValueError(
-            f'{list_file}:{lines[highest]}: label {labels[highest]} among {len(labels)} samples; labels '
-            'number the classes from 0'
-        )
     return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), root)
 
 
@@ -199,11 +186,7 @@ def class_names(folder: str) -> list[str]:
     """The names of a folder's class folders, in alphabetical order."""
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
     if not names:
-        files = [e.name for e in os.scandir(folder)]
-        lies = f', {len(files)} files such as {min(files)}' if files else ', nothing'
-        raise ValueError(
-            f'{folder}: no class folders in it{lies}; a list of "path label" lines names classes too'
-        )
+        raise ValueError(f'{folder}: no class folders in it; a list of "path label" lines does as well')
     return names
 
 

@@ -287,7 +287,7 @@ def test_lists_as_people_write_them(tmp_path):
     ('text', 'message'),
     [
         ('a.mp4 1\nb.mp4\n', r'list.txt:2: no label, a whole number, at the end of .b.mp4.'),
-        ('a.mp4 1\n\nb.mp4 8\n', r'list.txt:3: label 8 is out of range; 8 classes'),
+        ('a.mp4 1\n\nb.mp4 8\n', r'list.txt:3: label 8 is out of range, 0 to 7'),
         ('a.mp4 -1\n', r'list.txt:1: label -1 is out of range'),
         ('\n \n', r'list.txt: no samples'),
     ],

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -209,11 +208,10 @@ def test_timeline_says_what_is_seen_when(demo, checkpoint, tmp_path):
         assert rest.split(', ')[0] == f'{names[int(scores.argmax())]} {scores.max():.1%}'
 
 
-@pytest.mark.parametrize('seconds', [0.3, 3])  # among the imports, at work
-def test_ctrl_c_shows_no_traceback(demo, checkpoint, seconds):
+def test_ctrl_c_shows_no_traceback(demo, checkpoint):
     line = [sys.executable, str(ROOT / 'evaluate.py'), '--ckpt', 'small.pth', '--clips', '1000']
-    process = subprocess.Popen(line, cwd=demo, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    time.sleep(seconds)
+    process = subprocess.Popen(line, cwd=demo, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert 'computing in' in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert 'Traceback' not in process.stderr.read() and process.wait() == -signal.SIGINT
 
@@ -237,7 +235,7 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --dump nowhere/result.pkl', 'nowhere/result.pkl'),
         ('--ckpt small.pth --dump data', 'data: no file that can be written'),
         ('--ckpt small.pth --val-list nowhere.txt', 'nowhere.txt'),
-        ('--ckpt nameless.pth --val-list data', 'data: 1 class folders; which of the 8 classes'),
+        ('--ckpt nameless.pth --val-list data', 'data: 1 class folders; which of the 8 classes they'),
         ('--ckpt small.pth --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
         ('--ckpt small.pth --clips 0', "'0' is not a whole number of at least 1"),
         ('--ckpt small.pth --clips -3', 'clips'),

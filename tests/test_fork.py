@@ -13,8 +13,8 @@ from conftest import ROOT, run
 # `video`: its head is `place_head`, its flags --place-list and --places-per-gpu.
 THIRD_SOURCE = {
     'runtime/sources.py': """
-         sources.append(open_source(args, 'image', 'image_val', args.images_per_gpu))
-+        sources.append(open_source(args, 'place', 'place_val', args.places_per_gpu))
+         sources.append(open_source(args, 'image', 'image_val'))
++        sources.append(open_source(args, 'place', 'place_val'))
 """,
     'model.py': """
          width: int = 64,

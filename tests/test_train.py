@@ -15,7 +15,7 @@ from conftest import ROOT, run
 import data
 import evaluate
 import train
-from model import BatchNorm, OmniSlowOnly
+from model import OmniSlowOnly
 from runtime import sources
 from runtime.distributed import join
 from runtime.log import Log
@@ -275,14 +275,14 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --video-root nowhere', 'nowhere/.*: no such file, .* --video-root names the folder'),
         ('--demo --image-list empty.txt', 'empty.txt: no samples'),
         ('--demo --image-list nolabel.txt', 'nolabel.txt:1: no label'),
-        ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range; 8 classes'),
+        ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range, 0 to 7'),
         ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other of the first of gone.txt'),
         ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
         ('--demo --image-val-list typo.txt', 'typo.txt: no such list or .* there by --image-val-list'),
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
         ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
-        ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
+        ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 is out of range'),
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
         ('--demo --resume other.pth', 'other.pth: weight'),
         ('--demo --init-2d other.pth', 'other.pth: conv1.weight is'),
@@ -380,7 +380,7 @@ def test_the_readme_s_recipes_do_what_they_say():
     torch.testing.assert_close(space['losses']['image'], F.cross_entropy(logits['image'], labels['image']))
 
     network = OmniSlowOnly(3, 3, (1, 1, 1, 1), 8)
-    exec(frozen, {'network': network, 'run': SimpleNamespace(network=network), 'BatchNorm': BatchNorm})
+    exec(frozen, {'network': network, 'run': SimpleNamespace(network=network)})
     before = {key: value.clone() for key, value in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
     pixels = {'video': torch.rand(4, 3, 2, 32, 32) * 255, 'image': torch.rand(4, 3, 32, 32) * 255}
