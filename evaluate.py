@@ -249,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.processes('evaluate.py') as device:
         with together():
             for path in filter(None, (args.dump, args.show)) if rank() == 0 else ():
-                if os.path.isdir(path) or not os.access(os.path.dirname(path) or '.', os.W_OK):
+                there = path if os.path.exists(path) else os.path.dirname(path) or '.'
+                if os.path.isdir(path) or not os.access(there, os.W_OK):
                     raise OSError(f'{path}: no file that can be written')
             saved = checkpoint.load(args.ckpt)
             network = checkpoint.build(saved, args.ckpt).to(device)

@@ -25,7 +25,7 @@ from model import OmniSlowOnly
 def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
     """{part: (multiply-accumulates, BatchNorm operations at 2 per element)} of a forward pass of `x`.
 
-    The parts are the stem, the four stages and the head; network and `x` may be on the meta device.
+    The parts are the stem, the four stages and the head; network and `x` are on the CPU or the meta device.
     """
     norm = torch.ops.aten._native_batch_norm_legit_no_training  # which torch does not count by itself
     count_norm = {norm: lambda shape, *_, **__: 2 * math.prod(shape)}
@@ -35,9 +35,9 @@ def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
     parts = {part: (0, 0) for part in ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'head')}
     names = {'conv1': 'stem', 'bn1': 'stem', 'image_head': 'head', 'video_head': 'head'}
     for name, module in network.named_modules():
-        if not any(module.children()):  # what contains others has their sum
+        part = names.get(name.split('.')[0], name.split('.')[0])
+        if part in parts and not any(module.children()):  # what contains others has their sum
             ops = flops.get(f'{type(network).__name__}.{name}', {})
-            part = names.get(name.split('.')[0], name.split('.')[0])
             macs, norms = parts[part]
             norm_ops = ops.get(norm, 0)
             parts[part] = macs + (sum(ops.values()) - norm_ops) // 2, norms + norm_ops

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import unicodedata
@@ -85,7 +86,8 @@ def check_end(video: VideoReader) -> None:
             packets += bool(packet.size)  # the last one is empty
             last = max(last, float((packet.pts or 0) * stream.time_base))
         duration = (container.duration or 0) / av.time_base
-    if packets < 0.9 * stream.frames:
+    length = float(stream.frames / (stream.average_rate or 30))
+    if packets < 0.9 * stream.frames and last < 0.9 * length:  # in time too, as AVI counts frames left out
         raise ValueError(f'only {packets} of {stream.frames} frames are there')
     if not stream.frames and last < duration / 2 - 1:
         raise ValueError(f'ends after {last:.1f} of {duration:.1f} seconds')
@@ -406,6 +408,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even where a script has it ignored
     open_outputs()
     try:
         if args.command == 'demo':

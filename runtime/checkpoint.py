@@ -26,6 +26,9 @@ def write(state: dict, folder: Path, *names: str) -> None:
     dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
     state = to_cpu(state)
     try:
+        for left in folder.glob('*.pth.tmp'):  # of a process that was killed
+            if OURS.fullmatch(left.stem):
+                left.unlink()
         for name in names:
             beside = folder / f'{name}.tmp'
             with open(beside, 'wb') as file:

@@ -36,12 +36,13 @@ def processes(program: str):
     does the death of one of them or of a loader worker. Anything else shows its traceback.
     """
     open_outputs()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the program without a traceback
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
     try:
         try:
             yield join(program)
         finally:
             end_workers()  # first, as the death of one would interrupt what is said below
+            signal.signal(signal.SIGINT, before)
     except UserError as error:
         show(f'{program}: {error}', file=sys.stderr)
         leave(1)

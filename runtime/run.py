@@ -381,9 +381,12 @@ def find_checkpoint(args: argparse.Namespace, folder: Path) -> tuple[dict | None
     ValueError where what is asked for cannot be had.
     """
     if args.resume and args.resume != 'auto':
-        if checkpoint.ours(folder) and Path(args.resume).resolve().parent != folder.resolve():
-            raise ValueError(f'{folder} holds another run; --work-dir takes another folder')
-        return checkpoint.load_run(args.resume), args.resume
+        saved = checkpoint.load_run(args.resume)
+        if checkpoint.ours(folder) and Path(args.resume).absolute().parent != folder.absolute():
+            raise ValueError(
+                f'{folder} holds a run: --resume alone goes on with it, --work-dir takes another folder'
+            )
+        return saved, args.resume
     if args.resume:
         saved, path = checkpoint.newest(folder, show)
         show(f'resuming from {path}' if saved else f'nothing to resume in {folder}: starting afresh')

@@ -144,7 +144,8 @@ def read_list(
 
     With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
     too, and a name without a video's ending gets `.mp4`. Raises ValueError with file and line for a line
-    without a label, or with one that is negative or not below `num_classes`, 100,000 where that is not known.
+    without a label, or with one that is negative or not below `num_classes`, and with the file where,
+    that not being known, one is far beyond the number of samples.
 
     A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
     """
@@ -159,7 +160,7 @@ def read_list(
         paths = [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files]
         labels = [label for _, label in files]
         return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
-    paths, labels, limit = [], [], num_classes or 100_000
+    paths, labels = [], []
     with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -171,14 +172,19 @@ def read_list(
                     'expected "path label"'
                 )
             path, label = match[1], int(match[2])
-            if not 0 <= label < limit:
-                raise ValueError(f'{list_file}:{number}: label {label} is out of range, 0 to {limit - 1}')
+            if label < 0 or num_classes and label >= num_classes:
+                known = f', 0 to {num_classes - 1}' if num_classes else ''
+                raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
             if videos and not path.lower().endswith(data.ENDINGS):
                 path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
             paths.append(os.fsencode(path))
             labels.append(label)
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
+    if not num_classes and max(labels) > 10_000 + 10 * len(labels):
+        raise ValueError(
+            f'{list_file}: label {max(labels)} among {len(labels)} samples; labels number the classes from 0'
+        )
     return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), root)
 
 

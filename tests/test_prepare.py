@@ -220,6 +220,9 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
                 file.mux(packet)
     with VideoReader('cut/cut.mp4') as video:
         assert len(video) < 20 and video.stream.frames == 60
+    write_video('cut/skips.avi', num_frames=40, codec='mpeg4', times=range(0, 2400, 60))  # two of three
+    with VideoReader('cut/skips.avi') as video:
+        assert len(video) == 40 and video.stream.frames > 100
     prepare.main('check cut'.split())
 
 

@@ -399,6 +399,24 @@ def test_the_demo_starts_anew_over_a_demo_only(undisturbed, demo):
         'train.py: again holds a run: --resume goes on with it, --work-dir takes another folder'
     )
     assert (demo / 'again/epoch_1.pth').exists()
+    result = run(f'train.py {OPTIONS} --work-dir again --resume undisturbed1/latest.pth', demo, expect=1)
+    assert 'again holds a run: --resume alone goes on with it' in result.stderr
+
+
+def test_what_a_killed_process_left_is_never_written_to(tmp_path):
+    """It may be the same file as a checkpoint, and other files are the user's."""
+    checkpoint.write({'model': {'weight': torch.ones(3)}}, tmp_path, 'epoch_1.pth')
+    os.link(tmp_path / 'epoch_1.pth', tmp_path / 'latest.pth.tmp')
+    for left in ('epoch_3.pth.tmp', 'my.pth.tmp'):
+        (tmp_path / left).touch()
+    checkpoint.write({'model': {'weight': torch.zeros(3)}}, tmp_path, 'best.pth', 'latest.pth')
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'best.pth',
+        'epoch_1.pth',
+        'latest.pth',
+        'my.pth.tmp',
+    }
+    assert torch.equal(checkpoint.load(tmp_path / 'epoch_1.pth')['model']['weight'], torch.ones(3))
 
 
 def test_other_settings_take_effect_on_resume(undisturbed, demo):
