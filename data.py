@@ -228,8 +228,9 @@ def augmentation(dataset: VideoDataset | ImageDataset, epoch: int, index: int) -
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, without its number and path."""
+    text = getattr(error, 'strerror', None) or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 # Which frames and which pixels: the recipe's sampling and augmentation ------------------------------------

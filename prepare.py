@@ -107,7 +107,7 @@ def encode(
     fit, OSError for a full disk.
     """
     if not os.path.isdir(source):
-        raise ValueError(f'{source}: no such folder; encode takes a folder of videos or images')
+        raise ValueError(f'{source}: not a folder; encode takes a folder of videos or images')
     if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}, which is data')
     jobs = []
@@ -232,7 +232,7 @@ def show(args: argparse.Namespace) -> None:
         if not file and os.path.exists(f'data/demo/{source}_train.txt'):
             file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
         if file:
-            samples = sources.read_list(file, root, videos=source == 'video')
+            samples = sources.open_list(file, root, source, None, None, source == 'video')
             datasets.append(kind(samples, size=args.size))
     if not datasets:
         raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')

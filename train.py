@@ -239,8 +239,9 @@ def main(argv: list[str] | None = None) -> nn.Module:
         run.close()
         if args.demo and not args.no_validate:
             show_held_out(run)
-        images = ' --images' if args.image_only else ''
-        show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
+        images, val_list = (' --images', args.image_val_list) if args.image_only else ('', args.val_list)
+        if val_list:
+            show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
     return run.network
 
 

@@ -92,6 +92,7 @@ def load(path: str | os.PathLike) -> dict:
     state_dict}. Raises OSError, or ValueError where the file is no checkpoint.
     """
     damaged = None
+    open(path, 'rb').close()  # an OSError below is a damaged file's
     try:
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -103,9 +104,7 @@ def load(path: str | os.PathLike) -> dict:
             with zipfile.ZipFile(path) as archive:
                 written = any(info.CRC for info in archive.infolist())  # torch can be told to leave them out
                 damaged = archive.testzip() if written else None
-    except OSError:
-        raise
-    except Exception:  # a damaged pickle can raise anything
+    except Exception:  # a damaged file can raise anything
         raise ValueError(f'{path}: not a checkpoint of train.py or MMAction2, or a damaged one') from None
     if damaged:
         raise ValueError(f'{path}: a damaged checkpoint (wrong checksum: {damaged})')

@@ -184,9 +184,9 @@ class Run:
             f'{self.steps_per_epoch} steps an epoch of {batch}, {args.epochs} epochs, '
             f'learning rate {args.lr:g}'
         )
-        for source in sources[1:]:
-            passes = self.steps_per_epoch * self.sampler.per_step[source.name] / len(source.train)
-            show(f'an epoch sees each {sources[0].name} once and each {source.name} {passes:.3g} times')
+        for source in sources:
+            seen = self.steps_per_epoch * self.sampler.per_step[source.name]
+            show(f'an epoch sees {seen} {source.name}s, {seen / len(source.train):.3g} times the set')
         times = args.lr / 0.1 * 128 / self.sampler.per_step[sources[0].name]  # more is what the demo needs
         if times > 2 and sources[0].name == 'video' and not args.demo:
             show(

@@ -62,8 +62,8 @@ def open_list(
     if not os.path.exists(list_file):
         raise FileNotFoundError(
             f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there '
-            f'by --{prefix.replace("_", "-")}-list; the README shows how the published data is laid out, and '
-            '`python train.py --demo` makes a small set of its own'
+            f'by --{prefix.replace("_", "-")}-list; the README shows how data is laid out, --video-only does '
+            'without images, and `python train.py --demo` makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
     check_there(samples, list_file, f'--{prefix.replace("_", "-")}-root')
@@ -92,7 +92,7 @@ def check_classes(
         first = labels[empty[0]] if labels else f'class {empty[0]}'
         show(
             f'{list_file}: no {name} of {len(empty)} of the {classes} classes, such as {first}'
-            + ('; labels are expected to count from 0' if empty[0] == 0 else '')
+            + ('; labels are expected to count from 0' if empty[0] == 0 and not labels else '')
         )
     endings = tuple(ending.encode() for ending in data.IMAGE_ENDINGS)
     pictures = sum(path.lower().endswith(endings) for path in samples.paths) if name == 'video' else 0
@@ -173,7 +173,11 @@ def read_list(
                 )
             path, label = match[1], int(match[2])
             if label < 0 or num_classes and label >= num_classes:
-                known = f', 0 to {num_classes - 1}' if num_classes else ''
+                known = (
+                    f', 0 to {num_classes - 1}' + ', as classes are named' * bool(names)
+                    if num_classes
+                    else ''
+                )
                 raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
             if videos and not path.lower().endswith(data.ENDINGS):
                 path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'

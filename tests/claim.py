@@ -11,7 +11,7 @@ so that of each pair one has to be learned from videos. Pictures are drawn in me
 augmentation, schedule and `train_step` are the program's own.
 
 From scratch on videos; on images first and then on videos; jointly. Each way takes the same number of video
-steps and has, for each number of videos, the best of five learning rates, chosen by seeds of their own;
+steps and has, for each number of videos, the best of four learning rates, chosen by seeds of their own;
 images first sees as many images before as joint training does along the way. A seed's videos are the same for
 all three, so they are compared in pairs. Every run is a line of --out; what stands there is not run again, so
 other settings need another --out and --work-dir.
@@ -42,7 +42,7 @@ from runtime import checkpoint
 ARMS = ('videos', 'images first', 'joint')
 VIDEOS_PER_CLASS = (2, 4, 8)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
-RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
+RATES = (0.05, 0.1, 0.2, 0.4)
 STEPS, BATCH = 600, {'video': 32, 'image': 32}
 # What else is tried with MIDDLE videos per class: shares of the image loss in joint training, and more steps.
 MIDDLE, SHARES, LONGER = 4, (0.5, 1, 2), STEPS * 3 // 2

@@ -245,6 +245,7 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known; the 8 that are'),
         ('--ckpt small.pth --images a.jpg', '--images measures the image set'),
         ('--ckpt flipped.pth', 'flipped.pth: a damaged checkpoint (wrong checksum: '),
+        ('--ckpt torn.pth', 'torn.pth: not a checkpoint of train.py or MMAction2, or a damaged one'),
         ('--ckpt diverged.pth', 'the network gives scores that are not numbers, computing in fp32'),
         ('--ckpt diverged.pth data/demo/images_val/dots_000.jpg', 'scores that are not numbers'),
     ],
@@ -254,6 +255,7 @@ def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
     flipped = bytearray(checkpoint.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (demo / 'flipped.pth').write_bytes(flipped)
+    (demo / 'torn.pth').write_bytes(flipped[:20_000])  # which torch tells by an OSError
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state | {'video_labels': None}, demo / 'nameless.pth')
     state['model']['layer1.0.conv1.weight'][0] = float('nan')

@@ -465,7 +465,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     )
     output = run(f'{hasty} --layers 1 1 1 1 --width 8 --size 56 --workers 1', folder).stdout
     assert "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr" in output
-    assert 'an epoch sees each video once and each image 4.25 times' in output
+    assert 'an epoch sees 32 videos, 1 times the set\nan epoch sees 170 images, 4.25 times the set' in output
 
 
 def test_the_readme_s_comparison_follows_from_its_runs():
