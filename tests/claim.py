@@ -241,7 +241,7 @@ def claim(args: argparse.Namespace) -> None:
         new = [job for job in dict.fromkeys(jobs) if job not in known]
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context('spawn')) as pool:
             done = pool.map(functools.partial(run, folder), *zip(*new)) if new else ()
-            for record in tqdm(done, title, len(new), unit='run'):
+            for record in tqdm(done, title, len(new), unit='run', disable=not new):
                 records.append(record)
                 with open(out, 'a') as file:
                     print(json.dumps(record), file=file)
