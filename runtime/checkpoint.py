@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is whole or not there, whenever the process
     dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
-    state = to_cpu(state)
+    state, name = to_cpu(state), names[0]
     try:
         for left in folder.glob('*.pth.tmp'):  # of a process that was killed
             if OURS.fullmatch(left.stem):
@@ -43,11 +44,9 @@ def write(state: dict, folder: Path, *names: str) -> None:
         if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
             raise
         reason = getattr(error, 'strerror', None) or 'writing failed'
-        try:
-            beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / f'{name}.tmp').unlink(missing_ok=True)
             reason += f', {shutil.disk_usage(folder).free >> 20} MB are free there'
-        except OSError:
-            pass
         line = f'{folder / name} cannot be written ({reason}); the older checkpoints are intact'
         raise OSError(line) from None
 

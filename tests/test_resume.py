@@ -419,6 +419,14 @@ def test_what_a_killed_process_left_is_never_written_to(tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / 'epoch_1.pth')['model']['weight'], torch.ones(3))
 
 
+def test_what_cannot_be_removed_is_a_failed_save(tmp_path):
+    (tmp_path / 'latest.pth.tmp').mkdir()
+    with pytest.raises(
+        OSError, match=r'epoch_1.pth cannot be written \(.*; the older checkpoints are intact'
+    ):
+        checkpoint.write({'model': {}}, tmp_path, 'epoch_1.pth', 'latest.pth')
+
+
 def test_other_settings_take_effect_on_resume(undisturbed, demo):
     undisturbed(1)
     shutil.copytree(demo / 'undisturbed1', demo / 'changed')
