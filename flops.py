@@ -35,7 +35,8 @@ def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
     parts = {part: (0, 0) for part in ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'head')}
     names = {'conv1': 'stem', 'bn1': 'stem', 'image_head': 'head', 'video_head': 'head'}
     for name, module in network.named_modules():
-        part = names.get(name.split('.')[0], name.split('.')[0])
+        top = name.split('.')[0]
+        part = names.get(top, top)
         if part in parts and not any(module.children()):  # what contains others has their sum
             ops = flops.get(f'{type(network).__name__}.{name}', {})
             macs, norms = parts[part]

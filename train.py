@@ -179,7 +179,7 @@ def train_step(
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-    if precision != 'fp16':  # for which the scaler does it: where this is not 0, the fused step does nothing
+    if precision != 'fp16':  # the scaler's part there: where it is not 0, the fused step changes nothing
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()

@@ -59,14 +59,15 @@ def open_list(
     list_file: str, root: str, prefix: str, labels: list[str] | None, classes: int | None, videos: bool
 ) -> data.Samples:
     """The samples of --PREFIX-list and --PREFIX-root."""
+    flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
         raise FileNotFoundError(
             f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there '
-            f'by --{prefix.replace("_", "-")}-list; the README shows how data is laid out, --video-only does '
+            f'by {flag}-list; the README shows how data is laid out, --video-only does '
             'without images, and `python train.py --demo` makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
-    check_there(samples, list_file, f'--{prefix.replace("_", "-")}-root')
+    check_there(samples, list_file, f'{flag}-root')
     return samples
 
 
@@ -144,8 +145,8 @@ def read_list(
 
     With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
     too, and a name without a video's ending gets `.mp4`. Raises ValueError with file and line for a line
-    without a label, or with one that is negative or not below `num_classes`, and with the file where,
-    that not being known, one is far beyond the number of samples.
+    without a label, or with one that is negative, not below `num_classes` or, where that is not known, far
+    beyond the number of samples.
 
     A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
     """
@@ -160,7 +161,7 @@ def read_list(
         paths = [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files]
         labels = [label for _, label in files]
         return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
-    paths, labels = [], []
+    paths, labels, lines = [], [], []
     with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -173,21 +174,21 @@ def read_list(
                 )
             path, label = match[1], int(match[2])
             if label < 0 or num_classes and label >= num_classes:
-                known = (
-                    f', 0 to {num_classes - 1}' + ', as classes are named' * bool(names)
-                    if num_classes
-                    else ''
-                )
+                known = f', 0 to {num_classes - 1}' if num_classes else ''
+                known += ', as classes are named' if names else ''
                 raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
             if videos and not path.lower().endswith(data.ENDINGS):
                 path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
             paths.append(os.fsencode(path))
             labels.append(label)
+            lines.append(number)
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
-    if not num_classes and max(labels) > 10_000 + 10 * len(labels):
+    highest = int(np.argmax(labels))
+    if not num_classes and labels[highest] > 10_000 + 10 * len(labels):
         raise ValueError(
-            f'{list_file}: label {max(labels)} among {len(labels)} samples; labels number the classes from 0'
+            f'{list_file}:{lines[highest]}: label {labels[highest]} among {len(labels)} samples; labels '
+            'number the classes from 0'
         )
     return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), root)
 

@@ -51,8 +51,8 @@ LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'gri
 PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
 SEEN = (0, 2, 4, 6)  # the looks that images show, their classes: one of each pair
 CONTRAST = (1, 0.8, 0.62, 0.5, 0.39, 0.31, 0.25, 0.2)  # of each look in videos; in images 1
-# What makes it hard was set by trials on videos only, and how few images there are by trials of images first,
-# as more take it to 98 % at once; no joint training was among them.
+# What makes it hard was set by trials on videos only, how few images there are by trials of images first; the
+# README tells how, and of the setting before this one.
 SIDE, SIZE, CLUTTER = 48, 42, 20  # pixels of a picture and of its crop; levels
 IMAGES_PER_LOOK, HELD_OUT = 8, 64  # the latter of each class
 NETWORK = {'layers': (1, 1, 1, 1), 'width': 16}

@@ -282,7 +282,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
         ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
-        ('--demo --image-labels= --image-list huge.txt', 'huge.txt: label 1000000 among 2 samples'),
+        ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
         ('--demo --resume other.pth', 'other.pth: weight'),
         ('--demo --init-2d other.pth', 'other.pth: conv1.weight is'),
