@@ -13,7 +13,8 @@ import math
 import os
 import warnings
 import zlib
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from video import VideoReader
 
@@ -43,7 +44,7 @@ def generator(purpose: str, *numbers: int) -> np.random.Generator:
 
 
 @dataclass
-class Samples:
+class FileList:
     """What a list names. Arrays, as a million Python strings would be copied into every worker bit by bit."""
 
     paths: np.ndarray  # bytes (N,), below `root`
@@ -62,17 +63,65 @@ class Samples:
         return [hashlib.sha256(array.tobytes()).hexdigest() for array in (self.paths, self.labels)]
 
 
-class Item(NamedTuple):
-    """One sample; collated, the samples that a step draws of one source."""
-
-    pixels: Tensor | None  # uint8; None where an evaluation's file is unreadable
-    label: int | Tensor  # int64 (B,) of a batch
-    path: str | list[str]
+class Sample(NamedTuple):
+    pixels: Tensor | None  # uint8; None if it cannot be read, in training nor any of ten others in its place
+    label: int
+    path: str
     bad: list[str]  # `path: reason` of the unreadable files met on the way
 
 
+class Batch(NamedTuple):
+    """The samples that a step draws of one source."""
+
+    pixels: Tensor | None  # uint8 (B, 3, T, H, W) or (B, 3, H, W); None if one is missing
+    labels: Tensor  # int64 (B,)
+    paths: list[str]
+    bad: list[str]
+
+
 @dataclass(eq=False)
-class VideoDataset(Dataset):
+class FileDataset(Dataset):
+    """What videos and images have in common: a list of files, and what a training sample is drawn from."""
+
+    files: FileList | None
+    mode: str = 'train'  # or 'val' or 'test'
+    size: int = 224  # side of the crop
+    seed: int = 0
+    flip: bool = True
+    purpose: str = ''  # tells this set's random numbers from those of another; default: the class's name
+
+    @property
+    def short_side(self) -> int:
+        """What the shorter side is resized to in evaluation: 256 for crops of 224."""
+        return self.size * 8 // 7
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def generator(self, what: str, epoch: int, index: int) -> np.random.Generator:
+        """What a training sample's random choices come from."""
+        return generator(f'{self.purpose or type(self).__name__} {what}', self.seed, epoch, index)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        """The sample at (epoch, index) of a training set, at `index` else. In training, another one drawn
+        from the same key takes the place of an unreadable file."""
+        training = self.mode == 'train'
+        epoch, index = key if training else (0, key)
+        place, bad, replacements = index, [], self.generator('replacements', epoch, index)
+        while True:
+            path, label = self.files.path(place), int(self.files.labels[place])
+            try:
+                rng = self.generator('augmentation', epoch, index) if training else None
+                return Sample(self.load(path, rng), label, path, bad)
+            except Exception as error:  # damaged files raise whatever the decoder trips over
+                bad.append(f'{path}: {one_line(error)}')
+            if not training or len(bad) > 10:
+                return Sample(None, label, path, bad)
+            place = int(replacements.integers(len(self)))
+
+
+@dataclass(eq=False)
+class VideoDataset(FileDataset):
     """Clips of the listed videos, uint8.
 
     mode 'train': `dataset[epoch, index]` has a random clip with a random crop, (3, T, size, size). The recipe
@@ -83,31 +132,15 @@ class VideoDataset(Dataset):
     the video, cropped at S, the short side that videos are resized to (256 for size 224).
     """
 
-    samples: Samples | None
-    mode: str = 'train'
-    size: int = 224
     clip_len: int = 8
     frame_interval: int = 8
     num_clips: int = 10
     num_crops: int = 3
-    seed: int = 0
-    flip: bool = True
-    purpose: str = 'VideoDataset'  # tells this set's random numbers from those of another
-
-    @property
-    def short_side(self) -> int:
-        return self.size * 8 // 7
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of a training sample."""
         return 3, self.clip_len, self.size, self.size
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Item:
-        return read(self, key)
 
     def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
@@ -139,29 +172,16 @@ class VideoDataset(Dataset):
 
 
 @dataclass(eq=False)
-class ImageDataset(Dataset):
+class ImageDataset(FileDataset):
     """The listed images, uint8.
 
     mode 'train': `dataset[epoch, index]` has a random crop, (3, size, size).
     mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
     """
 
-    samples: Samples | None
-    mode: str = 'train'
-    size: int = 224
-    seed: int = 0
-    flip: bool = True
-    purpose: str = 'ImageDataset'
-
     @property
     def shape(self) -> tuple[int, ...]:
         return 3, self.size, self.size
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Item:
-        return read(self, key)
 
     def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
@@ -181,7 +201,7 @@ class ImageDataset(Dataset):
                 pixels = resize(pixels, self.size, self.size)
                 return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
             pixels = to_tensor(ImageOps.exif_transpose(image))
-        pixels = resize(pixels, *short_side_to(self.size * 8 // 7, *pixels.shape[-2:]))
+        pixels = resize(pixels, *short_side_to(self.short_side, *pixels.shape[-2:]))
         return center_crop(pixels, self.size).unsqueeze(0)
 
 
@@ -198,33 +218,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     if image.mode.startswith('I'):  # 16 bits of grey, which convert() would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
-
-
-def read(dataset: VideoDataset | ImageDataset, key: int | tuple[int, int]) -> Item:
-    """The sample at `key`. In training another one takes the place of an unreadable file, drawn from the same
-    key."""
-    training = dataset.mode == 'train'
-    epoch, index = key if training else (0, key)
-    place, bad, replacements = index, [], None
-    while len(bad) <= 10:
-        path, label = dataset.samples.path(place), int(dataset.samples.labels[place])
-        try:
-            return Item(dataset.load(path, augmentation(dataset, epoch, index)), label, path, bad)
-        except Exception as error:  # damaged files raise whatever the decoder trips over
-            bad.append(f'{path}: {one_line(error)}')
-        if not training:
-            return Item(None, label, path, bad)
-        replacements = replacements or generator(
-            f'{dataset.purpose} replacements', dataset.seed, epoch, index
-        )
-        place = int(replacements.integers(len(dataset)))
-    raise RuntimeError(f'{len(bad)} samples in a row are unreadable, the last one {bad[-1]}')
-
-
-def augmentation(dataset: VideoDataset | ImageDataset, epoch: int, index: int) -> np.random.Generator | None:
-    """What a training sample's clip, crop and flip are drawn from."""
-    if dataset.mode == 'train':
-        return generator(f'{dataset.purpose} augmentation', dataset.seed, epoch, index)
 
 
 def one_line(error: Exception) -> str:
@@ -343,116 +336,88 @@ class Source:
     name: str  # also of its head
     labels: list[str] | None  # class names
     classes: int
-    train: VideoDataset | ImageDataset
-    val: VideoDataset | ImageDataset | None
+    train: FileDataset
+    val: FileDataset | None
     per_gpu: int  # samples that a step takes on each process
 
 
 class JointDataset(Dataset):
-    """All training sets behind one key: `dataset[source, epoch, index]` is (source, Item)."""
+    """All training sets behind one key: `dataset[source, epoch, index]` is (source, Sample)."""
 
-    def __init__(self, datasets: dict[str, VideoDataset | ImageDataset]):
+    def __init__(self, datasets: dict[str, FileDataset]):
         self.datasets = datasets
 
-    def __getitem__(self, key: tuple[str, int, int]) -> tuple[str, Item]:
+    def __getitem__(self, key: tuple[str, int, int]) -> tuple[str, Sample]:
         source, epoch, index = key
         return source, self.datasets[source][epoch, index]
 
 
-class JointSampler(Sampler):
-    """The samples of every step from `epoch` to the last, for one process; a step is `accumulate` batches.
+class JointSampler:
+    """Which samples make a batch, as a function of the step alone: `batch(step, number)` is a list of keys
+    (source, pass, index) for `JointDataset`.
 
-    Each source is a stream, pass after pass over its samples, in an order that follows from (source,
-    seed, pass) alone. A step takes the next of each: `per_gpu` samples for each batch of each process. An
-    epoch is one pass over the first source, without the few at its end that make no full step; the others go
-    on from where they were, as often around as they must. Which batches a process has is a matter of
-    numbering: 8 processes draw what one with `accumulate` 8 does.
+    Each source is a stream, pass after pass over its samples, in an order that follows from (source, seed,
+    pass). A step consists of `batches` batches, each with the next `per_gpu` samples of every source: one
+    for each process, and as often as it accumulates. So 8 processes draw what one with `--accumulate 8` does.
 
-    `done` says how many samples all processes together have drawn: of the first source in this epoch, of the
-    others since the run began. A batch has all sources in one list of keys (source, pass, index): a
-    DataLoader hands out batches to its workers in turn, and with video and image batches alternating, an even
-    number of workers would leave all the videos to one half of them.
+    An epoch is one pass over the first source; an incomplete last step is dropped. The other streams go on
+    from epoch to epoch, as often around as they must. A batch has all sources, as a DataLoader hands batches
+    to its workers in turn: with video and image batches alternating, an even number of workers would leave
+    all the videos to one half of them.
     """
 
-    def __init__(
-        self,
-        sizes: dict[str, int],
-        per_gpu: dict[str, int],
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        epochs: int = 256,
-        accumulate: int = 1,
-    ):
-        self.sizes, self.seed, self.epochs, self.first = sizes, seed, epochs, next(iter(sizes))
-        self.per_gpu, self.accumulate, self.rank = per_gpu, accumulate, rank
-        self.per_step = {source: count * world_size * accumulate for source, count in per_gpu.items()}
-        self.epoch, self.done = 0, dict.fromkeys(sizes, 0)
-        self.orders = {}
-        self.steps_per_epoch = self.steps_left(self.done)
+    def __init__(self, sizes: dict[str, int], per_gpu: dict[str, int], batches: int = 1, seed: int = 0):
+        self.sizes, self.per_gpu, self.seed, self.first = sizes, per_gpu, seed, next(iter(sizes))
+        self.per_step = {source: count * batches for source, count in per_gpu.items()}
+        self.steps_per_epoch = sizes[self.first] // self.per_step[self.first]
+        self.orders = {}  # {source: (pass, its order)}, the last one made
         if not self.steps_per_epoch:
-            needed = ' x '.join(str(n) for n in (world_size, accumulate, per_gpu[self.first]) if n > 1)
+            needed = ' x '.join(str(n) for n in (batches, per_gpu[self.first]) if n > 1)
             raise ValueError(
                 f'{sizes[self.first]} training {self.first}s are too few for a step of {needed}; lower '
                 f'--{self.first}s-per-gpu'
             )
 
-    def steps_left(self, done: dict[str, int]) -> int:
-        """Full steps left in an epoch of which `done` samples have been drawn."""
-        return (self.sizes[self.first] - done[self.first]) // self.per_step[self.first]
-
-    def steps_done(self, done: dict[str, int]) -> int:
-        """Full steps that `done` samples of an epoch make."""
-        return done[self.first] // self.per_step[self.first]
-
-    def after_step(self, done: dict[str, int]) -> dict[str, int]:
-        return {source: count + self.per_step[source] for source, count in done.items()}
-
-    def after_epoch(self, done: dict[str, int]) -> dict[str, int]:
-        return {**done, self.first: 0}
-
-    def __len__(self) -> int:
-        steps = self.steps_left(self.done) + max(self.epochs - self.epoch - 1, 0) * self.steps_per_epoch
-        return steps * self.accumulate
-
-    def __iter__(self):
-        done = self.done
-        for epoch in range(self.epoch, self.epochs):
-            for _ in range(self.steps_left(done)):
-                for number in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
-                    batch = []
-                    for source, count in self.per_gpu.items():
-                        passes = epoch if source == self.first else 0  # whose `done` is of this epoch
-                        start = passes * self.sizes[source] + done[source] + number * count
-                        batch += [self._key(source, place) for place in range(start, start + count)]
-                    yield batch
-                done = self.after_step(done)
-            done = self.after_epoch(done)
-
-    def _key(self, source: str, place: int) -> tuple[str, int, int]:
-        """What stands at a place of a source's stream."""
-        passes, place = divmod(place, self.sizes[source])
-        if self.orders.get(source, (None,))[0] != passes:
-            order = generator(f'{source} order', self.seed, passes).permutation(self.sizes[source])
-            self.orders[source] = passes, order
-        return source, passes, int(self.orders[source][1][place])
+    def batch(self, step: int, number: int = 0) -> list[tuple[str, int, int]]:
+        """The keys of one batch of a step, which is counted from 0 through all epochs."""
+        keys = []
+        for source, count in self.per_gpu.items():
+            start = step * self.per_step[source] + number * count
+            if source == self.first:  # what an epoch leaves over is skipped
+                left = self.sizes[source] - self.steps_per_epoch * self.per_step[source]
+                start += step // self.steps_per_epoch * left
+            for place in range(start, start + count):
+                passes, place = divmod(place, self.sizes[source])
+                if self.orders.get(source, (None,))[0] != passes:
+                    order = generator(f'{source} order', self.seed, passes).permutation(self.sizes[source])
+                    self.orders[source] = passes, order
+                keys.append((source, passes, int(self.orders[source][1][place])))
+        return keys
 
 
-def collate(samples: list[tuple[str, Item]]) -> dict[str, Item]:
-    """A step's samples -> {source: Item}: clips uint8 (B, 3, T, H, W), images (B, 3, H, W), both in
-    channels-last memory; labels int64 (B,)."""
+def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
+    """A step's samples -> {source: Batch}, clips and images in channels-last memory."""
     batch = {}
     for source in dict.fromkeys(source for source, _ in samples):
-        items = [item for name, item in samples if name == source]
-        pixels = default_collate([item.pixels.movedim(0, -1) for item in items]).movedim(-1, 1)
-        labels = torch.tensor([item.label for item in items])
-        bad = [line for item in items for line in item.bad]
-        batch[source] = Item(pixels, labels, [item.path for item in items], bad)
+        own = [sample for name, sample in samples if name == source]
+        pixels = None
+        if all(sample.pixels is not None for sample in own):
+            pixels = default_collate([sample.pixels.movedim(0, -1) for sample in own]).movedim(-1, 1)
+        labels = torch.tensor([sample.label for sample in own])
+        bad = [line for sample in own for line in sample.bad]
+        batch[source] = Batch(pixels, labels, [sample.path for sample in own], bad)
     return batch
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
-    return int(text)
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int of at least `low`, or a float above it; below `high`."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            value = kind(text)
+            if (value > low or value == low and kind is int) and value < high:
+                return value
+        least = f'a whole number of at least {low}' if kind is int else f'a number above {low}'
+        raise argparse.ArgumentTypeError(f'{text!r} is not {least}' + f', below {high}' * (high < math.inf))
+
+    return parse

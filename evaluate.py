@@ -15,6 +15,7 @@ import argparse
 import os
 import pickle
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -70,19 +71,15 @@ def class_name(names: list[str] | None, label: int) -> str:
 
 def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, count: int = 5) -> list[str]:
     """A line for each of the classes with most errors: how many, and what it is mostly taken for."""
-    labels, unreadable = np.asarray(labels), np.isnan(scores[:, 0])
-    predicted = np.where(unreadable, -1, scores.argmax(1))
-    wrong = predicted != labels
-    errors = np.bincount(labels[wrong], minlength=scores.shape[1])
+    labels = np.asarray(labels)
+    predicted = np.where(np.isnan(scores[:, 0]), -1, scores.argmax(1))
+    errors = Counter(sorted(labels[predicted != labels].tolist()))
     lines = []
-    for label in np.argsort(-errors, kind='stable')[:count]:
-        if errors[label]:
-            taken = np.bincount(predicted[wrong & ~unreadable & (labels == label)], minlength=scores.shape[1])
-            likeliest = [other for other in np.argsort(-taken, kind='stable')[:3] if taken[other]]
-            shown = ', '.join(f'{class_name(names, i)} ({taken[i]})' for i in likeliest)
-            total = (labels == label).sum()
-            shown = f'taken for {shown}' if shown else 'unreadable'
-            lines.append(f'{class_name(names, label)}: {errors[label]} of {total} wrong, {shown}')
+    for label, wrong in errors.most_common(count):
+        taken = sorted(predicted[(labels == label) & (predicted != label) & (predicted >= 0)].tolist())
+        shown = ', '.join(f'{class_name(names, i)} ({times})' for i, times in Counter(taken).most_common(3))
+        shown = f'taken for {shown}' if shown else 'unreadable'
+        lines.append(f'{class_name(names, label)}: {wrong} of {(labels == label).sum()} wrong, {shown}')
     return lines
 
 
@@ -112,31 +109,36 @@ def predict(
 
     Returns scores float32 (N, classes), labels int64 (N,) in the dataset's order, and a line for each
     unreadable file, whose scores are NaN. Under torchrun every rank takes its share and all return the whole.
-    Raises UserError where no file can be read.
+    Raises UserError if no file can be read, or if scores are not numbers.
     """
     network = fold_batchnorm(network, is_image=isinstance(dataset, data.ImageDataset))
     device = next(network.parameters()).device
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
     batches = distributed.loader(share, workers, batch_size=batch_size, collate_fn=list)
     quiet = None if progress and rank() == 0 else True
-    rows, bad = [], []
-    for items in tqdm(batches, progress, unit='batch', leave=False, disable=quiet):
-        good = [item.pixels.to(device, non_blocking=True) for item in items if item.pixels is not None]
+    own, bad, done = np.full((len(share), classes(network, source)), np.nan, dtype=np.float32), [], 0
+    for samples in tqdm(batches, progress, unit='batch', leave=False, disable=quiet):
+        good = [n for n, sample in enumerate(samples, done) if sample.pixels is not None]
         if good:
-            scores = score_views(network, source, torch.cat(good), precision)
-            scores = iter(scores.unflatten(0, (len(good), -1)).mean(1).numpy())
-        rows += [None if item.pixels is None else next(scores) for item in items]
-        bad += [line for item in items for line in item.bad]
+            views = torch.cat([samples[n - done].pixels.to(device, non_blocking=True) for n in good])
+            scores = score_views(network, source, views, precision)
+            own[good] = scores.unflatten(0, (len(good), -1)).mean(1)
+        bad += [line for sample in samples for line in sample.bad]
+        done += len(samples)
 
-    shares, bad = gather(rows), [line for lines in gather(bad) for line in lines]
-    read = [row for rows in shares for row in rows if row is not None]
-    if not read:
+    scores, bad = np.empty((len(dataset), own.shape[1]), own.dtype), sum(gather(bad), [])
+    for r, part in enumerate(gather(own)):
+        scores[r :: world_size()] = part
+    if len(bad) == len(dataset):
         raise UserError(f'none of the {len(dataset)} files can be read, the first one {bad[0]}')
-    scores = np.full((len(dataset), len(read[0])), np.nan, dtype=np.float32)
-    for r, rows in enumerate(shares):
-        for place, row in zip(range(r, len(dataset), world_size()), rows):
-            scores[place] = np.nan if row is None else row
-    return scores, dataset.samples.labels, bad
+    if np.isnan(scores).any(1).sum() > len(bad):
+        raise UserError(f'{NO_NUMBERS} in {precision}')
+    return scores, dataset.files.labels, bad
+
+
+def classes(network: nn.Module, source: str) -> int:
+    """How many classes the head of 'video', 'image' or another source knows."""
+    return list(network.head(source).parameters())[-1].shape[0]
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def show_mistakes(
         pixels = dataset[int(i)].pixels[0]  # (3, T, H, W) or (3, H, W)
         rows.append(pixels.transpose(0, 1) if pixels.ndim == 4 else pixels.unsqueeze(0))
         right, taken = (class_name(names, label) for label in (labels[i], predicted[i]))
-        file = os.path.basename(dataset.samples.path(i))
+        file = os.path.basename(dataset.files.path(i))
         titles.append(f'{file}: {right} ({own[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
     if rows:
         prepare.draw_rows(out, rows, titles, 112)
@@ -230,10 +232,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'checkpoint was trained with',
     )
     add('--val-root', help="folder that the list's paths are below; default: the checkpoint's")
-    add('--clips', type=data.positive, default=10, help='clips spread over each video (default: %(default)s)')
+    count = data.number(int, 1)
+    add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 on a GPU that has it, else fp32')
-    add('--workers', type=int, help='loader processes; default: one per core, at most 16')
+    add('--workers', type=data.number(int, 0), help='loader processes; default: one per core, at most 16')
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
@@ -247,24 +250,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with distributed.processes('evaluate.py') as device:
-        with together():
-            for path in filter(None, (args.dump, args.show)) if rank() == 0 else ():
-                there = path if os.path.exists(path) else os.path.dirname(path) or '.'
-                if os.path.isdir(path) or not os.access(there, os.W_OK):
-                    raise OSError(f'{path}: no file that can be written')
-            saved = checkpoint.load(args.ckpt)
-            network = checkpoint.build(saved, args.ckpt).to(device)
-        trained = saved.get('settings', {})
-        settings = {key: trained[key] for key in ('size', 'clip_len', 'frame_interval') if key in trained}
-        names = {kind: saved.get(f'{kind}_labels') for kind in ('video', 'image')}
-        args.precision, why = distributed.pick_precision(args.precision, device)
-        show(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
-        if network.head('image') and checkpoint.images_share_statistics(saved['model']):
-            show('no image statistics in this checkpoint: images are normalized with those of the videos')
-        if args.files:
-            classify_all(network, args, settings, names)
-        else:
-            measure(network, args, trained, settings, names)
+        run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """What the command does, in processes that are there."""
+    with together():
+        for path in filter(None, (args.dump, args.show)) if rank() == 0 else ():
+            there = path if os.path.exists(path) else os.path.dirname(path) or '.'
+            if os.path.isdir(path) or not os.access(there, os.W_OK):
+                raise OSError(f'{path}: no file that can be written')
+        saved = checkpoint.load(args.ckpt)
+        network = checkpoint.build(saved, args.ckpt).to(device)
+    trained = saved.get('settings', {})
+    settings = {key: trained[key] for key in ('size', 'clip_len', 'frame_interval') if key in trained}
+    names = {kind: saved.get(f'{kind}_labels') for kind in ('video', 'image')}
+    args.precision, why = distributed.pick_precision(args.precision, device)
+    show(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
+    if network.head('image') and checkpoint.images_share_statistics(saved['model']):
+        show('no image statistics in this checkpoint: images are normalized with those of the videos')
+    if args.files:
+        classify_all(network, args, settings, names)
+    else:
+        measure(network, args, trained, settings, names)
 
 
 def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
@@ -290,8 +298,8 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     if val_list is None:
         raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
     val_root = trained.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
-    classes = list(network.head(kind).parameters())[-1].shape[0]
-    samples = sources.open_list(val_list, val_root, 'val', names[kind], classes, not args.images)
+    known = classes(network, kind)
+    samples = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
     if os.path.isdir(val_list) and not names[kind]:
         names[kind] = sources.class_names(val_list)
     if args.images:
@@ -308,13 +316,12 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     scores, labels, bad = predict(
         network, kind, dataset, args.precision, 16 if args.images else 1, workers, f'{len(dataset)} {kind}s'
     )
-    if np.isnan(scores[:, 0]).sum() > len(bad):
-        raise UserError(f'{args.ckpt}: {NO_NUMBERS} in {args.precision}')
     for line in bad:
         show(f'unreadable, counted as wrong: {line}', file=sys.stderr)
     result = accuracy(scores, labels)
     views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
-    show(f'{len(dataset)} {kind}s, {views}' + (f', {len(bad)} of them unreadable' if bad else ''))
+    unreadable = f', {len(bad)} of them unreadable' if bad else ''
+    show(f'{len(dataset)} {kind}s of {scores.shape[1]} classes, {views}{unreadable}')
     show(f'top-1 {result["top1"]:.2%}   top-5 {result["top5"]:.2%}   mean class {result["mean1"]:.2%}')
     if mistakes := confusions(scores, labels, names[kind]):
         show('most errors:\n  ' + '\n  '.join(mistakes))
@@ -322,7 +329,7 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
         write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
         print(f'wrote {args.dump}')
     if args.show and rank() == 0:
-        drawn = dataset if args.images else data.VideoDataset(dataset.samples, 'val', **settings)
+        drawn = dataset if args.images else data.VideoDataset(dataset.files, 'val', **settings)
         count = show_mistakes(args.show, drawn, scores, labels, names[kind])
         print(f'wrote {args.show}, {count} mistakes' if count else 'no mistakes to show')
 

@@ -239,7 +239,7 @@ def show(args: argparse.Namespace) -> None:
     rows, titles = [], []
     for dataset in datasets:
         for index in range(min(3, len(dataset))):
-            item, path = dataset[0, index], dataset.samples.path(index)
+            item, path = dataset[0, index], dataset.files.path(index)
             for line in item.bad:
                 print(line)
             replaced = f' in place of {path}, which is unreadable' if item.bad else ''
@@ -249,7 +249,7 @@ def show(args: argparse.Namespace) -> None:
                     rows.append([data.to_tensor(ImageOps.exif_transpose(image)), item.pixels])
                 continue
             with VideoReader(item.path) as video:  # the same clip, by the same random numbers
-                clip = data.sample_frames(len(video), rng=data.augmentation(dataset, 0, index))
+                clip = data.sample_frames(len(video), rng=dataset.generator('augmentation', 0, index))
                 rows.append(torch.from_numpy(video.get_batch(clip[0])).permute(0, 3, 1, 2))
             rows.append(item.pixels.transpose(0, 1))
             titles.append('')
@@ -391,9 +391,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = command('encode', encode)
     add('src', metavar='SRC')
     add('dst', metavar='DST', help='what is bad is listed in its bad_samples.txt')
-    add('--short-side', type=data.positive, default=256, help='(default: %(default)s, or less)')
-    add('--gop', type=data.positive, default=4, help='frames from key to key (default: %(default)s)')
-    add('--crf', type=data.positive, default=21, help='of libx264, more is smaller (default: %(default)s)')
+    count = data.number(int, 1)
+    add('--short-side', type=count, default=256, help='(default: %(default)s, or less)')
+    add('--gop', type=count, default=4, help='frames from key to key (default: %(default)s)')
+    add(
+        '--crf',
+        type=data.number(int, 1),
+        default=21,
+        help='of libx264, more is smaller (default: %(default)s)',
+    )
 
     add = command('show', show)
     add('out', metavar='OUT.png')
@@ -402,7 +408,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f'--{source}-list', metavar='LIST', help="or class folders (default: data/demo's, if it is there)"
         )
         add(f'--{source}-root', metavar='DIR', help='folder that its paths are below')
-    add('--size', type=data.positive, default=112, help='of the crops (default: %(default)s)')
+    add('--size', type=data.number(int, 1), default=112, help='of the crops (default: %(default)s)')
     return parser.parse_args(argv)
 
 

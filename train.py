@@ -8,22 +8,29 @@ Each step takes a batch of videos and a batch of images through the same weights
 cross-entropies, and does one backward pass and one SGD step. The defaults are MMAction2's published recipe
 (slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb: 77.30 top-1). Without a GPU it runs on the CPU.
 
-Begin with `train_step`, `train_epoch` and `main`; settings stand before them. What keeps a run alive is in
-runtime/.
+Settings come first, then the method (`learning_rate`, `train_step`), then the run: `train` has all of it,
+from the lists to the last checkpoint. What keeps a run alive is in runtime/.
 """
 
 import argparse
 import math
 import os
+import shlex
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from runtime.distributed import autocast, processes, rank, show, world_size
-from runtime.run import Run
+import prepare
+from model import OmniSlowOnly, average_evenly, running_statistics
+from runtime import checkpoint, distributed, log
+from runtime.distributed import rank, show, together, world_size
+from runtime.guard import Guard
+from runtime.sources import compare_data, open_sources
 
 # Settings, each with its default and its reason -----------------------------------------------------------
 
@@ -58,12 +65,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(flag: str, reason: str, **options) -> None:
-        shown = ' (default: %(default)s)' if 'default' in options else ''
-        group.add_argument(flag, help=reason + shown, **options)
+    def settings(title: str):
+        group = parser.add_argument_group(title)
 
-    positive = data.positive
-    group = parser.add_argument_group('data')
+        def add(flag: str, reason: str, **options) -> None:
+            shown = ' (default: %(default)s)' if 'default' in options else ''
+            group.add_argument(flag, help=reason + shown, **options)
+
+        return add
+
+    count, above_0 = data.number(int, 1), data.number(float, 0)
+    add = settings('data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
     is_list = 'lines of "path label", or a folder of class folders'
@@ -72,54 +84,88 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--video-root', is_root, default=f'{kinetics}/videos_train')
     add('--image-list', is_list, default=f'{imagenet}/meta/train.txt')
     add('--image-root', is_root, default=f'{imagenet}/train')
-    add('--val-list', 'the same, or lines of "id num_frames label"', default=evaluate.VAL_LIST)
+    published = 'default: the published one beside the published training list'
+    add('--val-list', f'the same, or lines of "id num_frames label"; {published}')
     add('--val-root', is_root, default=evaluate.VAL_ROOT)
-    add('--image-val-list', 'images are validated where it exists', default=evaluate.IMAGE_VAL_LIST)
+    add('--image-val-list', f'the same for images; {published}, if it is there')
     add('--image-val-root', is_root, default=evaluate.IMAGE_VAL_ROOT)
     add('--video-labels', 'class names, one a line; default: as the folders or labels in the list have it')
     add('--image-labels', 'the same for images')
 
-    group = parser.add_argument_group('network')
-    add('--layers', 'blocks per stage; these are ResNet-50', type=positive, nargs=4, default=(3, 4, 6, 3))
-    add('--width', 'channels of the stem', type=positive, default=64)
-    add('--clip-len', 'frames of a clip', type=positive, default=8)
-    add('--frame-interval', 'from one to the next: 8 x 8 spans 2 seconds', type=positive, default=8)
-    add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=positive, default=224)
+    add = settings('network')
+    add('--layers', 'blocks per stage; these are ResNet-50', type=count, nargs=4, default=(3, 4, 6, 3))
+    add('--width', 'channels of the stem', type=count, default=64)
+    add('--clip-len', 'frames of a clip', type=count, default=8)
+    add('--frame-interval', 'from one to the next: 8 x 8 spans 2 seconds', type=count, default=8)
+    add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=count, default=224)
 
-    group = parser.add_argument_group('recipe')
-    add('--epochs', 'long, as everything is learned from scratch', type=positive, default=256)
-    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=int)
-    add('--videos-per-gpu', 'video batch of each process', type=positive, default=16)
-    add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=positive)
-    add('--accumulate', 'batches a step: 8 on one GPU compute what 8 GPUs do', type=positive, default=1)
-    add('--lr', 'peak learning rate, for 128 videos a step', type=positive_float, default=0.1)
+    add = settings('recipe')
+    add('--epochs', 'long, as everything is learned from scratch', type=count, default=256)
+    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=data.number(int, 0))
+    add('--videos-per-gpu', 'video batch of each process', type=count, default=16)
+    add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
+    add('--accumulate', 'batches a step: 8 on one GPU compute what 8 GPUs do', type=count, default=1)
+    add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
-    add('--momentum', 'of SGD', type=float, default=0.9)
-    add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=float, default=1e-4)
-    add('--clip-norm', 'bounds the norm of all gradients together', type=positive_float, default=40)
+    add('--momentum', 'of SGD', type=fraction, default=0.9)
+    add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=fraction, default=1e-4)
+    add('--clip-norm', 'bounds the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint of this network; heads may have other classes', metavar='CKPT')
 
-    group = parser.add_argument_group('run')
+    add = settings('run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
     add('--resume', 'go on from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
-    add('--seed', 'determines the whole run', type=int, default=0)
+    add('--seed', 'determines the whole run', type=data.number(int, 0, 2**63), default=0)
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
     add('--precision', 'default: bf16 on a GPU that has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
-    add('--workers', 'loader processes; default: its share of the cores, at most 16', type=int)
+    add('--workers', 'loader processes; default: its share of the cores, up to 16', type=data.number(int, 0))
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
-    add('--val-interval', 'epochs from one validation and checkpoint to the next', type=positive, default=4)
-    add('--save-minutes', 'time from one checkpoint to the next', type=positive_float, default=10)
-    add('--log-interval', 'steps per log line', type=positive, default=20)
-    add('--max-bad', 'share of unreadable samples that ends the run', type=positive_float, default=0.01)
+    add('--val-interval', 'epochs from one validation and checkpoint to the next', type=count, default=4)
+    add('--save-minutes', 'time from one checkpoint to the next', type=above_0, default=10)
+    add('--log-interval', 'steps per log line', type=count, default=20)
+    add('--max-bad', 'share of unreadable samples that ends the run', type=above_0, default=0.01)
 
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
-    return check(parser, argv)
+    return check(parser, parser.parse_args(argv))
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to below 1."""
+    return 0.0 if text in ('0', '0.0') else data.number(float, 0, 1)(text)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The settings, if they go together; what depends on others filled in."""
+    if not args.work_dir:
+        parser.error('--work-dir names a folder')
+    if args.size % 7:
+        parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
+    if args.init and args.init_2d:
+        parser.error('--init and --init-2d exclude each other')
+    if args.image_only and (args.video_only or args.auto_scale_lr):
+        parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
+    if args.warmup_epochs is None:
+        args.warmup_epochs = round(args.epochs * 34 / 256)
+    if args.warmup_epochs > args.epochs:
+        parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
+    args.layers = list(args.layers)
+    for flag in ('video', 'val', 'image', 'image-val'):
+        folder, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
+        if os.path.isdir(getattr(args, folder) or '') and getattr(args, root) != parser.get_default(root):
+            parser.error(f'--{flag}-list is a folder of class folders, --{flag}-root is for lists')
+    # The published sets validate themselves only: own classes are others.
+    if args.val_list is None and args.video_list == parser.get_default('video_list'):
+        args.val_list = evaluate.VAL_LIST
+    own_images = args.image_list != parser.get_default('image_list')
+    if args.image_val_list is None and not own_images and os.path.exists(evaluate.IMAGE_VAL_LIST):
+        args.image_val_list = evaluate.IMAGE_VAL_LIST
+    return args
 
 
 # The method -----------------------------------------------------------------------------------------------
@@ -148,27 +194,35 @@ def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batches: list[dict[str, data.Item]],
+    batches: list[dict[str, data.Batch]],
     seeds: list[int],
     device: torch.device,
     precision: str = 'fp32',
     clip_norm: float = 40,
+    seen: int = 100,
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
     """One joint step on batches of `data.collate`: videos and images, one summed loss, one update.
 
     More than one batch is gradient accumulation: each is normalized by itself, as on a process of its own.
-    `seeds` has one of dropout, the only random numbers here, for each. Returns of each batch `{source}_loss`
-    and `{source}_top1`, and the norm of all gradients before clipping, on the device: nothing here waits for
-    a GPU. Where the norm is not finite, no weight is changed.
+    `seeds` has one for the dropout of each batch, the only random numbers here. `seen` is how many batches
+    came before, of which the first hundred count evenly in BatchNorm's running statistics.
+
+    Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
+    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
     """
     results = []
     optimizer.zero_grad()
     for number, (batch, seed) in enumerate(zip(batches, seeds), 1):
         torch.manual_seed(seed)
-        pixels = {source: item.pixels.to(device, non_blocking=True) for source, item in batch.items()}
-        labels = {source: item.label.to(device, non_blocking=True) for source, item in batch.items()}
+        pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
+        labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
         net.require_backward_grad_sync = number == len(batches)  # by which DDP adds them up once
-        with autocast(device, precision):
+        early = seen + number <= 100
+        if early:
+            average_evenly(net, seen + number)
+        # torch.compile would start anew for each momentum, so it begins after the hundred.
+        eager = torch.compiler.set_stance('force_eager') if early else nullcontext()
+        with eager, distributed.autocast(device, precision):
             logits = net(pixels)  # of videos (16, 400), of images (85, 1000)
             losses = {source: F.cross_entropy(logits[source], labels[source]) for source in batch}
             loss = sum(losses.values()) / len(batches)
@@ -186,35 +240,180 @@ def train_step(
     return results, grad_norm
 
 
-def train_epoch(run: Run) -> None:
-    """The steps that are left of an epoch."""
-    args = run.args
-    for step in run.steps():
-        batches = run.next_batches()
-        run.between_steps(batches)  # all processes together: give up, save or stop?
+# The run --------------------------------------------------------------------------------------------------
 
-        iteration = run.epoch * run.steps_per_epoch + step
-        lr = learning_rate(iteration, run.steps_per_epoch, args.lr, args.warmup_epochs, args.epochs)
-        for group in run.optimizer.param_groups:
-            group['lr'] = lr
-        mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # of the step's batches
-        seeds = [data.generator('dropout', args.seed, iteration, n).integers(2**62).item() for n in mine]
-        results, grad_norm = train_step(
-            run.net, run.optimizer, run.scaler, batches, seeds, run.device, run.precision, args.clip_norm
+
+def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """A whole run, from the lists to the last checkpoint. Every process calls it alike."""
+    precision, why = distributed.pick_precision(args.precision, device)
+    workers = distributed.default_workers() if args.workers is None else args.workers
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+
+    # What it learns from. A mistake that one process meets inside `together` ends all of them with its line.
+    with together():
+        logger = log.Log(args.work_dir, device)  # makes the folder, and keeps other runs out of it
+        if args.demo and rank() == 0:
+            prepare.make_demo('data/demo')
+    with together():
+        saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
+        sources = open_sources(args)
+        sampler = data.JointSampler(
+            {source.name: len(source.train) for source in sources},
+            {source.name: source.per_gpu for source in sources},
+            world_size() * args.accumulate,  # batches a step
+            args.seed,
         )
-        run.average_first_steps(iteration)  # the running statistics of a run from nothing
-        run.count(step, batches, results, grad_norm)
-        run.log_step(step, lr)
+        if saved:
+            compare_data(saved, args, sources, path)
+    lists = {
+        f'{source.name}{part}': files and files.files.fingerprint
+        for source in sources
+        for part, files in (('', source.train), ('_val', source.val))
+    }
+    distributed.agree((saved and saved['step'], lists), f'checkpoints or lists in {logger.folder}')
+
+    # The network with its first weights: random ones, a checkpoint's, or those that a flag names.
+    torch.manual_seed(args.seed)
+    classes = {'video_classes': 0, 'image_classes': 0}
+    classes |= {f'{source.name}_classes': source.classes for source in sources}
+    network = OmniSlowOnly(**classes, layers=args.layers, width=args.width)
+    with together():
+        if saved:
+            checkpoint.load_into(network, saved['model'], path)
+        elif args.init_2d:
+            checkpoint.load_2d(network, args.init_2d)
+        elif args.init:
+            checkpoint.load_init(network, args.init, {source.name: source.labels for source in sources})
+    network.to(device)
+    optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
+
+    # The state of a run: steps done, epochs done (with their validation), the best validation. The rate, the
+    # order of the samples and all random numbers follow from these and the settings.
+    step, epoch, best = 0, 0, -1.0
+    steps_per_epoch = sampler.steps_per_epoch
+    if saved:
+        optimizer.load_state_dict(saved['optimizer'])
+        for group in optimizer.param_groups:  # the command line's settings count, not the checkpoint's
+            group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+        if saved['scaler']:
+            scaler.load_state_dict(saved['scaler'])
+        step = saved['step'] * steps_per_epoch // saved['steps_per_epoch']  # which other GPUs may change
+        epoch = saved['epoch']
+        if saved['lists'].get(f'{sources[0].name}_val') == lists[f'{sources[0].name}_val']:
+            best = saved['best']
+
+    def save(*names: str) -> None:
+        state = {
+            'model': network.state_dict(),
+            'optimizer': optimizer.state_dict(),
+            'scaler': scaler.state_dict(),
+            'step': step,
+            'steps_per_epoch': steps_per_epoch,
+            'epoch': epoch,
+            'best': best,
+            'settings': vars(args),
+            **{f'{source.name}_labels': source.labels for source in sources},
+            'lists': lists,
+        }
+        with together():
+            if rank() == 0:
+                checkpoint.write(state, logger.folder, *names)
+        guard.saved()
+
+    wrapped = network  # `network` is saved and validated, `wrapped` is trained
+    if args.compile:
+        # Inductor would leave channels-last where a convolution over three frames narrows.
+        wrapped = torch.compile(wrapped, options={'force_layout_optimization': True})
+    if world_size() > 1:
+        device_ids = [device.index] if device.type == 'cuda' else None
+        wrapped = DistributedDataParallel(
+            wrapped, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        # DDP learns in its first backward pass in which order gradients come, and orders its sums by it from
+        # then on. Done once on nothing, the first step after a restart adds up in that order too.
+        nothing = {source.name: torch.zeros(1, *source.train.shape, device=device) for source in sources}
+        with torch.compiler.set_stance('force_eager'):
+            sum(logits.sum() for logits in wrapped.eval()(nothing).values()).backward()
+    wrapped.train()
+    statistics = running_statistics(network)
+
+    mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # of the batches of a step
+    dataset = data.JointDataset({source.name: source.train for source in sources})
+
+    def load_from(step: int):
+        keys = (sampler.batch(s, n) for s in range(step, args.epochs * steps_per_epoch) for n in mine)
+        return iter(distributed.loader(dataset, workers, batch_sampler=keys, collate_fn=data.collate))
+
+    computing = f'{device.type}, {precision} ({why}), {workers} workers'
+    log.introduce(args, sources, sampler, computing, saved, step)
+    saved = None  # it is as large as what it was loaded into
+    if args.demo and not args.resume and rank() == 0:  # over an older demo
+        checkpoint.start_over(logger.folder)
+    guard = Guard(logger.folder, args.save_minutes, args.max_bad)
+    batches = load_from(step)
+
+    # `save` reads step, epoch and best as they are when it is called, hence these loops count by hand.
+    while epoch < args.epochs:
+        end = (epoch + 1) * steps_per_epoch
+        logger.begin(epoch, args.epochs, step, end)
+        while step < end:
+            with logger.waiting():
+                drawn = [next(batches) for _ in mine]
+            save_now, stop = guard.ask(drawn, epoch)  # all processes together
+            if save_now or stop:
+                logger.check()
+                save('latest.pth')
+            if stop:
+                guard.leave(stop)
+
+            lr = learning_rate(step, steps_per_epoch, args.lr, args.warmup_epochs, args.epochs)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            seeds = [data.generator('dropout', args.seed, step, n).integers(2**62).item() for n in mine]
+            seen = step * args.accumulate
+            results, grad_norm = train_step(
+                wrapped, optimizer, scaler, drawn, seeds, device, precision, args.clip_norm, seen
+            )
+            distributed.average(statistics)  # of BatchNorm: DDP leaves them to the loop
+            step += 1
+            logger.add(drawn, results, grad_norm)
+            if (step + steps_per_epoch - end) % args.log_interval == 0 or step == end:
+                logger.line(lr, guard.unreadable)
+
+        keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # in this order: a run can go on from the last one
+        if keep and any(source.val for source in sources):
+            save('latest.pth')  # so that a validation that fails loses nothing
+            result = validate(network, sources, precision, workers)
+            logger.validation(result)
+            if result.get(f'{sources[0].name}_top1', -1) > best:
+                best = result[f'{sources[0].name}_top1']
+                names.insert(1, 'best.pth')
+        epoch += 1
+        if keep:
+            save(*names)
+            if rank() == 0:
+                checkpoint.keep_last(logger.folder, epoch)
+            batches = load_from(step)  # with fresh workers, as decoding leaves a little memory in use
+    guard.close()
+    logger.close()
+    return network
 
 
-def validate(run: Run) -> dict[str, float]:
+def validate(
+    network: nn.Module, sources: list[data.Source], precision: str, workers: int
+) -> dict[str, float]:
     """{'video_top1': ..., 'image_top5': ...} of each source that has a validation set."""
     result = {}
-    for source in run.sources:
+    for source in sources:
         if source.val is not None:
             title = f'validating {source.name}s'
             scores, labels, bad = evaluate.predict(
-                run.network, source.name, source.val, run.precision, 16, run.workers, title
+                network, source.name, source.val, precision, 16, workers, title
             )
             for line in bad:
                 show(f'unreadable, counted as wrong: {line}')
@@ -225,84 +424,19 @@ def validate(run: Run) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> nn.Module:
     args = parse_args(argv)
-    with processes('train.py') as device:
+    with distributed.processes('train.py') as device:
         if args.auto_scale_lr:
             args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
-        run = Run(args, device, make_optimizer)
-        while run.epoch < args.epochs:
-            train_epoch(run)
-            validating = run.is_checkpoint_epoch() and any(source.val for source in run.sources)
-            if validating:
-                run.save('latest.pth')  # so that a validation that fails loses nothing
-            run.average_statistics()
-            run.end_epoch(validate(run) if validating else {})
-        run.close()
-        if args.demo and not args.no_validate:
-            show_held_out(run)
-        images, val_list = (' --images', args.image_val_list) if args.image_only else ('', args.val_list)
-        if val_list:
-            show(f'\nNext: python evaluate.py --ckpt {run.folder}/latest.pth{images} --dump result.pkl')
-    return run.network
-
-
-def show_held_out(run: Run) -> None:
-    """Print the demo's table: what the trained network makes of held-out files."""
-    show(f'\n{"held-out":28}{"files":>8}{"chance":>8}{"top-1":>8}')
-    args = run.args
-    for source in run.sources:
-        if source.val is None:
-            continue
-        title, dataset = f'{source.name}s, centre crop', source.val
-        if source.name == 'video':
-            title, clip = 'videos, 10 clips x 3 crops', (args.size, args.clip_len, args.frame_interval)
-            dataset = data.VideoDataset(source.val.samples, 'test', *clip)
-        scores, labels, _ = evaluate.predict(
-            run.network, source.name, dataset, run.precision, 1, run.workers, 'testing'
-        )
-        top1 = evaluate.accuracy(scores, labels)['top1']
-        show(f'{title:28}{len(labels):8}{1 / scores.shape[1]:8.1%}{top1:8.1%}')
-
-
-def check(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The settings of a command line, where they go together; what depends on others filled in."""
-    args = parser.parse_args(argv)
-    for name in ('seed', 'warmup_epochs', 'workers', 'momentum', 'weight_decay'):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f'--{name.replace("_", "-")} must not be negative')
-    if args.momentum >= 1:
-        parser.error('--momentum must be below 1')
-    if not args.work_dir:
-        parser.error('--work-dir names a folder')
-    if args.size % 7:
-        parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
-    if args.init and args.init_2d:
-        parser.error('--init and --init-2d exclude each other')
-    if args.image_only and (args.video_only or args.auto_scale_lr):
-        parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
-    if args.warmup_epochs is None:
-        args.warmup_epochs = round(args.epochs * 34 / 256)
-    if args.warmup_epochs > args.epochs:
-        parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
-    args.layers = list(args.layers)
-    for flag in ('video', 'val', 'image', 'image-val'):
-        folder, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
-        if os.path.isdir(getattr(args, folder)) and getattr(args, root) != parser.get_default(root):
-            parser.error(f'--{flag}-list is a folder of class folders, --{flag}-root is for lists')
-    # Own classes are not validated on the published sets; only a default may be missing.
-    for train, val in (('video', 'val'), ('image', 'image_val')):
-        is_default = {n: getattr(args, n) == parser.get_default(n) for n in (f'{train}_list', f'{val}_list')}
-        missing = val == 'image_val' and not os.path.exists(args.image_val_list)
-        if is_default[f'{val}_list'] and (not is_default[f'{train}_list'] or missing) and not args.demo:
-            setattr(args, f'{val}_list', None)
-    return args
-
-
-def positive_float(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'{text} is not above 0')
-    return value
+        network = train(args, device)
+        ckpt = ['--ckpt', f'{args.work_dir}/latest.pth']
+        sets = [] if args.image_only or not args.val_list else [ckpt]
+        sets += [] if args.video_only or not args.image_val_list else [[*ckpt, '--images']]
+        for line in sets if args.demo and not args.no_validate else []:
+            show(f'\nevaluate.py {shlex.join(line)}')
+            evaluate.run(evaluate.parse_args(line), device)
+        if sets:
+            show(f'\nNext: python evaluate.py {shlex.join([*sets[0], "--dump", "result.pkl"])}')
+    return network
 
 
 if __name__ == '__main__':

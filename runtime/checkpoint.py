@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model import OmniSlowOnly
+from runtime.distributed import show
 
 # The names that a run gives; whatever else lies in its folder is the user's.
 OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
@@ -71,6 +72,20 @@ def epochs(folder: Path) -> dict[int, Path]:
     return dict(sorted(((int(n), path) for path, n in numbers.items() if n), reverse=True))
 
 
+def keep_last(folder: Path, epoch: int, count: int = 3) -> None:
+    """Remove what epochs up to this one have saved, but the last three."""
+    for number, path in list(epochs(folder).items())[count:]:
+        if number < epoch:
+            path.unlink(missing_ok=True)
+
+
+def start_over(folder: Path) -> None:
+    """Remove what a run has left in its folder."""
+    for path in [*ours(folder), folder / 'bad_samples.txt']:
+        path.unlink(missing_ok=True)
+    os.truncate(folder / 'log.jsonl', 0)
+
+
 # Reading --------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +102,7 @@ class Inert:
 def load(path: str | os.PathLike) -> dict:
     """Read a checkpoint file as data: no code that its pickle names is imported or run.
 
-    Returns our checkpoints as they were saved (see runtime/run.py); for an official one {'model': our
+    Returns our checkpoints as they were saved (see `train`); for an official one {'model': our
     state_dict}. Raises OSError, or ValueError where the file is no checkpoint.
     """
     damaged = None
@@ -124,15 +139,42 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def load_run(path: str | os.PathLike) -> dict:
     """A checkpoint to go on from."""
     saved = load(path)
-    if 'optimizer' not in saved:
-        raise ValueError(f'{path}: holds weights only, no training run to go on with')
+    if 'step' not in saved:
+        raise ValueError(
+            f'{path}: no training run to go on with, but weights alone or a run of an older version; --init '
+            'starts a new run from it'
+        )
     return saved
 
 
-def newest(folder: Path, show: Callable[[str], None]) -> tuple[dict | None, str]:
-    """The newest good checkpoint of a run's folder and its path; (None, '') where it holds none.
+def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | None, str]:
+    """What a run goes on from, and its path: (None, '') for a new one.
 
-    Those that are damaged are shown and skipped. Raises ValueError where every one is.
+    `resume` is 'auto', the newest good checkpoint in the run's own folder, or a checkpoint from elsewhere,
+    from which a run goes on in a folder of its own; the same line started again goes on with that run.
+    Without it a folder that holds a run is refused, but a demo starts anew over a demo. Raises OSError or
+    ValueError.
+    """
+    saved, path = newest(folder)
+    same = saved and resume and (saved['settings']['resume'] == resume or os.path.samefile(path, resume))
+    if resume == 'auto' or same:
+        show(f'resuming from {path}' if saved else f'nothing to resume in {folder}: starting afresh')
+        return saved, path
+    if saved and not (demo and not resume and saved['settings'].get('demo')):
+        raise ValueError(
+            f'{folder} holds a run: --resume alone goes on with it, --work-dir takes another folder'
+        )
+    if resume:
+        saved, path = load_run(resume), resume
+        show(f'resuming from {path}, into {folder}')
+        return saved, path
+    return None, ''
+
+
+def newest(folder: Path) -> tuple[dict | None, str]:
+    """The newest good checkpoint of a run's folder and its path; (None, '') if it holds none.
+
+    Those that are damaged are shown and skipped. Raises ValueError if every one is.
     """
     damaged = 0
     for path in [folder / 'latest.pth', *epochs(folder).values(), folder / 'best.pth']:
@@ -197,8 +239,20 @@ def load_all_but_other_heads(
     return kept
 
 
+def load_init(network: nn.Module, path: str, labels: dict[str, list[str] | None]) -> None:
+    """Start from a checkpoint of this network. A head whose classes differ, in number, name or order, is
+    new."""
+    given = load(path)
+    known = {source: given.get(f'{source}_labels') for source in labels}
+    other = [source for source, own in labels.items() if own and known[source] not in (None, own)]
+    fresh = load_all_but_other_heads(network, given['model'], path, other)
+    heads = f', with a new head for {" and ".join(f"{name}s" for name in fresh)}' if fresh else ''
+    show(f'starting from {path}{heads}')
+
+
 def load_2d(network: nn.Module, path: str) -> None:
     """Start from a 2D ResNet's weights, or from those of an image-only run; heads stay as they are."""
+    show(f'starting from {path}: its backbone; the heads are new')
     try:
         network.load_state_dict(inflate_2d(load_weights(path), network), strict=False)
     except ValueError as error:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -156,6 +156,22 @@ def add_up(*numbers: int) -> list[int]:
     return sums.tolist()
 
 
+def agree(value, what: str) -> None:
+    """UserError unless all ranks have the same value; `what` says in a few words what it is."""
+    if gather(value) != [value] * world_size():
+        raise UserError(f'the processes found different {what}; all nodes must share these')
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Replace tensors of one dtype and device by their means over all ranks, in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+
 @contextmanager
 def together():
     """An OSError or ValueError of one rank becomes the UserError of all. No collective may stand inside: the
@@ -185,29 +201,6 @@ def show(text: str = '', file=None) -> None:
         file.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-class StopSignals:
-    """Remembers SIGTERM or SIGINT, for the step boundary; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received = 0
-        self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._note)
-
-    def _note(self, signum, frame) -> None:
-        signal.signal(signum, signal.SIG_DFL)
-        self.received = signum
-        if rank() == 0:  # not by print, which may be what was interrupted
-            line = f'\n{signal.Signals(signum).name}: saving after this step; once more ends the run now\n'
-            with suppress(OSError):
-                os.write(2, line.encode())
-
-    def asks(self) -> int:
-        """The signal, if any. Ranks that a killed torchrun has left behind stop as if it had sent one."""
-        orphaned = self.launcher is not None and os.getppid() != self.launcher
-        return self.received or (signal.SIGTERM if orphaned else 0)
 
 
 # Loader workers -------------------------------------------------------------------------------------------

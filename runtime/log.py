@@ -1,5 +1,6 @@
 """What a run says of itself: lines on the screen, in log.jsonl, and events where TensorBoard is installed."""
 
+import argparse
 import errno
 import fcntl
 import json
@@ -7,13 +8,19 @@ import math
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from runtime.distributed import rank
+import data
+from runtime import distributed
+from runtime.distributed import UserError, rank, show, world_size
 
 
 def locked(file: TextIO) -> bool:
@@ -26,82 +33,185 @@ def locked(file: TextIO) -> bool:
 
 
 class Log:
-    """A run's log.jsonl, which the main process writes, and what a line of it sums up.
+    """A run's progress bar and its log.jsonl, which the main process writes.
 
-    Steps are added on the device; reading is the only thing that waits for a GPU. data_time is how long the
-    loop waited for batches. A GPU need not have been idle then, as the loop runs ahead of it.
+    Steps are added on the device; only `line` and `check` wait for a GPU. data_time is how long the loop
+    waited for batches. A GPU need not have been idle then, as the loop runs ahead of it.
 
-    Raises OSError where the file cannot be written or another run writes to it.
+    Raises OSError if the folder cannot be made, the file cannot be written, or another run writes to it.
     """
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder, self.device, self.board = folder, device, None
-        self.file = open(folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
+    def __init__(self, folder: str, device: torch.device):
+        self.folder, self.device, self.board, self.bar = Path(folder), device, None, None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
         if rank() == 0 and not locked(self.file):
             raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
-        self.reset()
+        self.skipped = 0  # updates in a row
 
-    def open_board(self, steps: int) -> None:
-        """Write TensorBoard's events as well, where that is installed, from `steps` on."""
+    def begin(self, epoch: int, epochs: int, step: int, end: int) -> None:
+        """An epoch begins or goes on: the run has done `step` steps, and the epoch ends with step `end`."""
+        if self.bar is None and rank() == 0:
+            self.open_board(step)
+        self.epoch, self.epochs, self.step, self.end = epoch, epochs, step, end
+        steps, quiet = end // (epoch + 1), None if rank() == 0 else True
+        title, done = f'epoch {epoch + 1}/{epochs}', step - epoch * steps
+        self.bar = tqdm(desc=title, total=steps, initial=done, leave=False, unit='step', disable=quiet)
+        self.new_line()
+
+    def open_board(self, step: int) -> None:
+        """Write TensorBoard's events as well, from `step` on, if that is installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
+
+            self.board = SummaryWriter(str(self.folder), purge_step=step + 1, flush_secs=10)
+        except ModuleNotFoundError:
             return
-        if rank() == 0:
-            self.board = SummaryWriter(str(self.folder), purge_step=steps + 1, flush_secs=10)
+        except Exception as error:  # its dependencies fail in many ways
+            show(f'no TensorBoard events: {data.one_line(error)}')
 
-    def write(self, record: dict, iteration: int, tag: str) -> None:
-        """Write one line; its numbers also as events."""
-        # JSON has no infinity, which a gradient's norm can be
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        print(json.dumps(finite), file=self.file)
-        for key, value in record.items() if self.board else ():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f'{tag}/{key}', value, iteration)
-
-    def reset(self) -> None:
+    def new_line(self) -> None:
         """Begin a new line, and its clock."""
         self.rows, self.data_time, self.start = [], 0.0, time.perf_counter()
 
-    def add(self, step: int, files: list[str], results: list[dict], grad_norm: Tensor) -> None:
-        """Add what `train_step` gave."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the loop waits for a batch."""
+        start = time.perf_counter()
+        yield
+        self.data_time += time.perf_counter() - start
+
+    def add(self, batches: list[dict], results: list[dict[str, Tensor]], grad_norm: Tensor) -> None:
+        """A step is done, on these batches; `results` and `grad_norm` are those of `train_step`."""
+        paths = [path for batch in batches for part in batch.values() for path in part.paths]
         means = {key: torch.stack([result[key] for result in results]).mean() for key in results[0]}
-        self.rows.append((step, files, means | {'grad_norm': grad_norm}))
+        self.rows.append((self.step, paths, means, grad_norm))
+        self.step += 1
+        self.bar.update()
 
-    def not_finite(self) -> tuple[int, list[str]] | None:
-        """The first step since the last reset whose loss is not finite, and its files."""
-        for step, files, numbers in self.rows:
-            losses = [value for key, value in numbers.items() if key.endswith('_loss')]
-            if not torch.stack(losses).isfinite().all():
-                return step, files
-        return None
+    def check(self) -> None:
+        """End all ranks if a loss since the last line is not finite."""
+        trouble = ''
+        for step, paths, means, _ in self.rows:
+            if not torch.stack([*means.values()]).isfinite().all():
+                step -= self.epoch * (self.end // (self.epoch + 1))
+                trouble = (
+                    f'loss is not finite in epoch {self.epoch + 1} step {step + 1}, rank {rank()}; neither '
+                    'the weights nor the checkpoints were touched by it. A lower --lr or --clip-norm may '
+                    f'help, or a look at its {len(paths)} files:\n  ' + '\n  '.join(paths[:5])
+                ) + '\n  ...' * (len(paths) > 5)
+                break
+        distributed.stop_together(trouble)
 
-    def read(self) -> dict[str, float]:
-        """Means per step since the last reset."""
-        rows = [numbers for _, _, numbers in self.rows]
-        means = torch.stack([torch.stack([*row.values()]) for row in rows]).mean(0).tolist()
-        record = dict(zip(rows[0], means))
+    def line(self, lr: float, unreadable: int) -> None:
+        """Write the means of all ranks since the last line; called on all alike."""
+        self.check()
+        rows = [torch.stack([*means.values()]) for _, _, means, _ in self.rows]
+        means = torch.stack(rows).mean(0)
+        distributed.average([means])
+        norms = torch.stack([norm for *_, norm in self.rows]).tolist()
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        steps = self.end // (self.epoch + 1)
+        record = {'epoch': self.epoch + 1, 'step': self.step - self.epoch * steps, 'lr': lr}
+        record |= dict(zip(self.rows[0][2], means.tolist()))
+        record['grad_norm'] = sum(finite) / len(finite) if finite else math.nan
+        record['skipped'] = len(norms) - len(finite)
         record['loss'] = sum(value for key, value in record.items() if key.endswith('_loss'))
-        record['time'] = (time.perf_counter() - self.start) / len(self.rows)
-        record['data_time'] = self.data_time / len(self.rows)
+        record['time'] = (time.perf_counter() - self.start) / len(rows)
+        record['data_time'] = self.data_time / len(rows)
         if self.device.type == 'cuda':
             record['memory_mb'] = torch.cuda.max_memory_allocated() // 2**20
         else:
             record['memory_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
-        return {key: round(value, 4) for key, value in record.items()}
+        record = {key: round(value, 4) if key != 'lr' else lr for key, value in record.items()}
+        left = (self.epochs * steps - self.step) * record['time']
+        record |= {'unreadable': unreadable, 'eta': str(timedelta(seconds=round(left)))}
+        show(self.text(record, steps))
+        self.write(record, 'train')
+        self.bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
+        for norm in norms:
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+            if self.skipped >= 50:
+                raise UserError(
+                    'the gradients of the last 50 steps are not finite, though the losses are: no weight was '
+                    'changed. A lower --lr or --precision fp32 may help'
+                )
+        self.new_line()
+        if self.step == self.end:
+            self.bar.close()
+            if unreadable:
+                show(f'{unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
 
-    def line(self, record: dict, epochs: int, steps: int) -> str:
+    def text(self, record: dict, steps: int) -> str:
         """A record as one reads it."""
         sources = [key.removesuffix('_loss') for key in record if key.endswith('_loss')]
         losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in sources)
         parts = [
-            f'epoch {record["epoch"]}/{epochs} step {record["step"]}/{steps}',
+            f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{steps}',
             f'lr {record["lr"]:.4g}',
             f'loss {record["loss"]:.3f} ({losses})',
             'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in sources),
-            f'grad {record["grad_norm"]:.2f}',
+            f'grad {record["grad_norm"]:.2f}' + f' ({record["skipped"]} skipped)' * (record['skipped'] > 0),
             f'{record["time"]:.3f} s/step (data {record["data_time"]:.3f})',
             f'{record["memory_mb"]:.0f} MB',
             f'eta {record["eta"]}',
         ]
         return '  '.join(parts)
+
+    def write(self, record: dict, tag: str) -> None:
+        """Write a line of log.jsonl; its numbers also as events."""
+        # JSON has no infinity, which a gradient's norm can be
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        print(json.dumps(finite), file=self.file)
+        for key, value in record.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f'{tag}/{key}', value, self.step)
+
+    def validation(self, result: dict[str, float]) -> None:
+        """Write what the validation of this epoch gave."""
+        self.write({'epoch': self.epoch + 1, 'mode': 'val', **result}, 'val')
+        shown = '  '.join(f'{key} {value:.1%}' for key, value in result.items())
+        show(f'epoch {self.epoch + 1}/{self.epochs} validation  {shown}')
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def introduce(
+    args: argparse.Namespace, sources: list, sampler, computing: str, saved: dict | None, step: int
+) -> None:
+    """Say what a run is about to do, and what has changed since its checkpoint."""
+    show(f'{world_size()} x {computing} each, seed {args.seed}')
+    for source in sources:
+        seen = sampler.steps_per_epoch * sampler.per_step[source.name]
+        show(
+            f'training on {len(source.train)} {source.name}s in {source.classes} classes; an epoch sees '
+            f'{seen}, {seen / len(source.train):.3g} times the set'
+        )
+        if source.val is None and not args.no_validate:
+            flag = 'val' if source.name == 'video' else f'{source.name}-val'
+            show(f'{source.name}s are not validated: no --{flag}-list')
+    times = f'{world_size()} x ' + (f'{args.accumulate} x ' if args.accumulate > 1 else '')
+    batch = ' and '.join(f'{times}{source.per_gpu} {source.name}s' for source in sources)
+    steps = sampler.steps_per_epoch
+    show(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
+    times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]  # more is what the demo needs
+    if times > 2 and sources[0].name == 'video' and not args.demo:
+        advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
+        show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
+    if args.compile:
+        show('compiling: the first 100 steps run without it, the next ones take minutes')
+    if saved:
+        harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
+        for key, value in vars(args).items():
+            was = saved['settings'].get(key, value)
+            if was != value is not None and key not in harmless:
+                show(f'changed since the checkpoint: {key} {was} -> {value}')
+        if steps != saved['steps_per_epoch']:
+            show(
+                f'{saved["steps_per_epoch"]} steps an epoch -> {steps}: going on after step {step % steps} '
+                f'of epoch {step // steps + 1}'
+            )
+        if saved['epoch'] >= args.epochs:
+            show(f'all {args.epochs} epochs are done: nothing is left to train')

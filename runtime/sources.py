@@ -57,7 +57,7 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
 
 def open_list(
     list_file: str, root: str, prefix: str, labels: list[str] | None, classes: int | None, videos: bool
-) -> data.Samples:
+) -> data.FileList:
     """The samples of --PREFIX-list and --PREFIX-root."""
     flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
@@ -71,7 +71,7 @@ def open_list(
     return samples
 
 
-def check_there(samples: data.Samples, list_file: str, flag: str) -> None:
+def check_there(samples: data.FileList, list_file: str, flag: str) -> None:
     """FileNotFoundError where none of the first files is there; `flag` is the one that names their folder."""
     start = [samples.path(i) for i in range(min(10, len(samples)))]
     if not any(os.path.exists(path) for path in start):
@@ -82,7 +82,7 @@ def check_there(samples: data.Samples, list_file: str, flag: str) -> None:
 
 
 def check_classes(
-    samples: data.Samples, name: str, list_file: str, labels: list[str] | None, classes: int
+    samples: data.FileList, name: str, list_file: str, labels: list[str] | None, classes: int
 ) -> None:
     """Say what is odd about a training list; ValueError where nothing can be learned from it."""
     counts = np.bincount(samples.labels, minlength=classes)
@@ -120,7 +120,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
                 f'{path}: {name} label {label} was {was!r} there and is {new!r} now; --init starts a new '
                 'run from its weights'
             )
-        paths, labels = source.train.samples.fingerprint
+        paths, labels = source.train.files.fingerprint
         old_paths, old_labels = saved.get('lists', {}).get(name, (paths, labels))
         if paths == old_paths and labels != old_labels:
             raise ValueError(
@@ -140,7 +140,7 @@ def read_list(
     num_classes: int | None = None,
     videos: bool = False,
     names: list[str] | None = None,
-) -> data.Samples:
+) -> data.FileList:
     """Read `path label` lines; paths are below `root` and may contain spaces, blank lines are skipped.
 
     With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
@@ -160,7 +160,7 @@ def read_list(
         files = class_files(list_file, names, data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS)
         paths = [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files]
         labels = [label for _, label in files]
-        return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), list_file)
+        return data.FileList(np.array(paths), np.array(labels, dtype=np.int64), list_file)
     paths, labels, lines = [], [], []
     with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
@@ -190,7 +190,7 @@ def read_list(
             f'{list_file}:{lines[highest]}: label {labels[highest]} among {len(labels)} samples; labels '
             'number the classes from 0'
         )
-    return data.Samples(np.array(paths), np.array(labels, dtype=np.int64), root)
+    return data.FileList(np.array(paths), np.array(labels, dtype=np.int64), root)
 
 
 def class_names(folder: str) -> list[str]:

@@ -193,8 +193,8 @@ def loader(args: argparse.Namespace) -> None:
     """Joint batches of the recipe's proportions from DataLoader: how much do the workers lose?"""
     clips, images, steps, rows = args.batch, args.batch * 85 // 16, 12, []
 
-    def samples(paths: Iterable[Path], count: int) -> data.Samples:
-        return data.Samples(np.resize([os.fsencode(path) for path in paths], count), np.zeros(count, int))
+    def samples(paths: Iterable[Path], count: int) -> data.FileList:
+        return data.FileList(np.resize([os.fsencode(path) for path in paths], count), np.zeros(count, int))
 
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own, as workers inherit what this one has held.
@@ -203,9 +203,10 @@ def loader(args: argparse.Namespace) -> None:
         videos, pictures = samples(long_videos(), 300), samples(Path(folder).iterdir(), 2000)
         joint = data.JointDataset({'video': data.VideoDataset(videos), 'image': data.ImageDataset(pictures)})
         per_gpu = {'video': clips, 'image': images}
-        sampler = data.JointSampler({'video': 300, 'image': 2000}, per_gpu, epochs=50)
+        sampler = data.JointSampler({'video': 300, 'image': 2000}, per_gpu)
+        keys = [sampler.batch(step) for step in range(50 * sampler.steps_per_epoch)]
         for workers in (1, 2):
-            batches = iter(distributed.loader(joint, workers, batch_sampler=sampler, collate_fn=data.collate))
+            batches = iter(distributed.loader(joint, workers, batch_sampler=keys, collate_fn=data.collate))
             pids = [worker.pid for worker in batches._workers]
             for _ in range(3 * workers):  # until all run and their queues are full
                 next(batches)
@@ -218,7 +219,7 @@ def loader(args: argparse.Namespace) -> None:
             rows.append([workers, rate, f'{min(loads) / max(loads):.0%}', peak])
             del batches
         torch.set_num_threads(1)  # as in a worker
-        keys = list(sampler)[::9][:4]
+        keys = keys[::9][:4]
         start = time.process_time()
         for batch in keys:
             data.collate([joint[key] for key in batch])
@@ -348,12 +349,12 @@ def step(args: argparse.Namespace) -> None:
     images, ours = clips * 85 // 16, OmniSlowOnly()
     frames = clips * 8 + images
 
-    def batch(**shapes: tuple) -> dict[str, data.Item]:
+    def batch(**shapes: tuple) -> dict[str, data.Batch]:
         pixels = {s: torch.randint(0, 256, shape, dtype=torch.uint8) for s, shape in shapes.items()}
-        items = [(s, data.Item(x, i % 400, '', [])) for s in pixels for i, x in enumerate(pixels[s])]
+        items = [(s, data.Sample(x, i % 400, '', [])) for s in pixels for i, x in enumerate(pixels[s])]
         batch = data.collate(items)
-        for source, item in batch.items() if on_gpu else ():  # as the loader does, or copying would wait
-            batch[source] = data.Item(item.pixels.pin_memory(), item.label.pin_memory(), item.path, item.bad)
+        for source, part in batch.items() if on_gpu else ():  # as the loader does, or copying would wait
+            batch[source] = part._replace(pixels=part.pixels.pin_memory(), labels=part.labels.pin_memory())
         return batch
 
     def start(make: Callable, batch: dict, precision: str, compiled: bool = False) -> Callable:
@@ -611,7 +612,7 @@ def read_damaged(name: str, number: int, seed: int, folder: Path) -> None:
     signal.alarm(FUZZ_SECONDS)
     path.write_bytes(damaged(folder, name, number, seed))
     paths = [os.fsencode(path), *[os.fsencode(folder / name)] * 31]  # whole ones to take its place
-    samples = data.Samples(np.array(paths), np.zeros(len(paths), int))
+    samples = data.FileList(np.array(paths), np.zeros(len(paths), int))
     try:
         for mode, key in (('train', (number, 0)), ('val', 0)):
             dataset = (data.VideoDataset if name in VIDEOS else data.ImageDataset)(samples, mode, 56)

@@ -140,7 +140,7 @@ def make_set(source: str, mode: str, seed: int, per_class: int) -> Videos | Imag
         looks = tuple(rng.permutation(classes[label]))
         looks += looks[:1] if source == 'video' else ()  # so that a clip of two begins with either
         drawn.append(draw(looks, rng, source == 'image'))
-    samples = data.Samples(np.arange(len(labels)).astype('S'), labels)
+    samples = data.FileList(np.arange(len(labels)).astype('S'), labels)
     made = Videos(samples, mode, SIZE, clip_len=2) if source == 'video' else Images(samples, mode, SIZE)
     made.drawn = drawn
     return made
@@ -157,11 +157,10 @@ def learn(network: OmniSlowOnly, sets: dict[str, Videos | Images], lr: float, se
         own.seed = seed
     samples = data.JointDataset(sets)
     sizes = {source: len(own) for source, own in sets.items()}
-    # more epochs than it takes: the steps are counted
-    sampler = data.JointSampler(sizes, {source: BATCH[source] for source in sets}, seed=seed, epochs=steps)
+    sampler = data.JointSampler(sizes, {source: BATCH[source] for source in sets}, seed=seed)
     network.train()
-    for step, keys in zip(range(steps), sampler):
-        batch = data.collate([samples[key] for key in keys])
+    for step in range(steps):
+        batch = data.collate([samples[key] for key in sampler.batch(step)])
         for group in optimizer.param_groups:
             group['lr'] = train.learning_rate(step, 1, lr, round(steps * 34 / 256), steps)
         dropout = data.generator('dropout', seed, step).integers(2**62).item()
@@ -362,7 +361,7 @@ def main() -> None:
         epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    runs, picture = bench.ROOT / 'tests/reference/claim.jsonl', bench.ROOT / 'assets/claim.svg'
+    runs, picture = bench.ROOT / 'tests/reference/claim.jsonl', bench.ROOT / 'docs/claim.svg'
     parser.add_argument('--out', default=str(runs), help='every run (default: %(default)s)')
     parser.add_argument('--plot', default=str(picture), help='(default: %(default)s)')
     parser.add_argument(

@@ -1,7 +1,6 @@
 """Pixels and samples follow the recipe, lists are read as people write them, joint batches cover the sets."""
 
 import contextlib
-import itertools
 import json
 from pathlib import Path
 
@@ -186,7 +185,7 @@ def test_odd_files_are_read_right_or_counted_as_bad(tmp_path):
     videos, images = data.VideoDataset(None, size=56), data.ImageDataset(None, size=56)
     for name in [*bad, 'audio.mp4', 'missing.mp4', 'missing.jpg']:
         dataset = images if name.endswith('.jpg') else videos
-        dataset.samples = data.Samples(np.array([str(tmp_path / name).encode()]), np.array([0]))
+        dataset.files = data.FileList(np.array([str(tmp_path / name).encode()]), np.array([0]))
         dataset.mode = 'val'
         item = dataset[0]
         assert item.pixels is None and name in item.bad[0], name
@@ -245,16 +244,19 @@ def test_a_crop_of_a_photo_decoded_smaller_stays_within_it(tmp_path, turn):
 
 def test_a_thread_of_an_image_does_not_fill_the_memory(tmp_path):
     PIL.Image.fromarray(np.zeros((1, 60_000, 3), dtype=np.uint8)).save(tmp_path / 'thread.png')
-    images = data.ImageDataset(data.Samples(np.array([str(tmp_path / 'thread.png').encode()]), np.array([0])))
+    images = data.ImageDataset(
+        data.FileList(np.array([str(tmp_path / 'thread.png').encode()]), np.array([0]))
+    )
     assert images[0, 0].pixels.shape == (3, 224, 224)
     images.mode = 'val'
     assert images[0].bad == [f'{tmp_path}/thread.png: 60000x1 is too long and thin']
 
 
 def test_nothing_readable_ends_with_a_line(tmp_path):
-    samples = data.Samples(np.array([b'/nowhere/a.mp4']), np.array([0]))
-    with pytest.raises(RuntimeError, match='11 samples in a row are unreadable.*/nowhere/a.mp4'):
-        data.VideoDataset(samples)[0, 0]
+    files = data.FileList(np.array([b'/nowhere/a.mp4']), np.array([0]))
+    sample = data.VideoDataset(files)[0, 0]
+    assert sample.pixels is None and len(sample.bad) == 11
+    assert data.collate([('video', sample)])['video'].pixels is None
 
 
 def test_views(sets):
@@ -305,77 +307,59 @@ def test_label_maps(tmp_path):
         assert sources.read_label_map(str(tmp_path / f'{name}.txt')) == ['air drumming', 'applauding']
 
 
-def joint_sampler(**options):
-    return data.JointSampler({'video': 50, 'image': 90}, {'video': 4, 'image': 7}, **options)
+def joint_sampler(batches=1, seed=0):
+    return data.JointSampler({'video': 50, 'image': 90}, {'video': 4, 'image': 7}, batches, seed)
+
+
+def steps_of(sampler, steps, numbers=(0,)):
+    return [sampler.batch(step, number) for step in range(steps) for number in numbers]
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_an_epoch_sees_each_video_once_and_images_go_round(world_size):
-    samplers = [
-        joint_sampler(rank=rank, world_size=world_size, seed=1, epochs=2) for rank in range(world_size)
-    ]
-    steps = 50 // (4 * world_size)
-    assert all(s.steps_per_epoch == steps and len(s) == 2 * steps for s in samplers)
-    batches = [list(s) for s in samplers]
-    videos, images = [], []
-    for step in range(2 * steps):
-        for rank in range(world_size):
-            keys = batches[rank][step]
-            videos += [key for key in keys if key[0] == 'video']
-            images += [key for key in keys if key[0] == 'image']
-            assert len(keys) == 4 + 7
+    sampler, steps = joint_sampler(world_size, seed=1), 50 // (4 * world_size)
+    assert sampler.steps_per_epoch == steps
+    batches = steps_of(sampler, 2 * steps, range(world_size))
+    assert {len(batch) for batch in batches} == {4 + 7}
+    videos, images = (
+        [key for batch in batches for key in batch if key[0] == source] for source in ('video', 'image')
+    )
     for epoch in range(2):
         drawn = videos[epoch * len(videos) // 2 : (epoch + 1) * len(videos) // 2]
-        assert {key[1] for key in drawn} == {epoch} and len(set(drawn)) == len(
-            drawn
-        ) == steps * 4 * world_size
+        assert {key[1] for key in drawn} == {epoch}
+        assert len(set(drawn)) == len(drawn) == steps * 4 * world_size
     assert len(set(images)) == len(images) == 2 * steps * 7 * world_size  # as (pass, index)
     for number in range(len(images) // 90):  # the next pass begins where one is complete, across epochs too
         assert {key[2] for key in images[90 * number :][:90]} == set(range(90))
         assert {key[1] for key in images[90 * number :][:90]} == {number}
-    assert list(samplers[0]) == batches[0]
-    assert batches[0][0] != batches[0][steps]  # another order in the next epoch
+    assert batches[0] != batches[steps * world_size]  # another order in the next epoch
 
 
-def test_batches_are_numbered_alike_on_processes_and_in_accumulation():
-    one = list(joint_sampler(world_size=1, accumulate=6))
-    for processes, accumulate in ((6, 1), (2, 3), (3, 2)):
-        own = [
-            list(joint_sampler(rank=rank, world_size=processes, accumulate=accumulate))
-            for rank in range(processes)
-        ]
-        for step in range(len(one) // 6):
-            drawn = [batch for rank in own for batch in rank[step * accumulate : (step + 1) * accumulate]]
-            assert drawn == one[step * 6 : (step + 1) * 6]
+def test_a_batch_follows_from_its_step_and_number_alone():
+    """From the start, from the middle or backwards; on six processes or accumulated by one."""
+    sampler, keys = joint_sampler(6), [(step, number) for step in range(9) for number in range(6)]
+    drawn = {key: sampler.batch(*key) for key in keys}
+    assert drawn == {key: joint_sampler(6).batch(*key) for key in reversed(keys)}
+    assert drawn[0, 0] != joint_sampler(6, seed=1).batch(0)
 
 
 def test_the_published_recipe_s_steps():
     """1,878 steps of 16 videos and 85 images on each of 8 GPUs; no image twice in a pass over them."""
-    sampler = data.JointSampler(
-        {'video': 240_435, 'image': 1_281_167}, {'video': 16, 'image': 85}, rank=3, world_size=8
-    )
-    assert sampler.steps_per_epoch == 1878 and len(sampler) == 256 * 1878
-    images = [key for batch in itertools.islice(sampler, 1900) for key in batch if key[0] == 'image']
+    sampler = data.JointSampler({'video': 240_435, 'image': 1_281_167}, {'video': 16, 'image': 85}, 8)
+    assert sampler.steps_per_epoch == 1878
+    images = [key for batch in steps_of(sampler, 1900, [3]) for key in batch if key[0] == 'image']
     assert len(images) == len(set(images)) == 1900 * 85 and {number for _, number, _ in images} == {0, 1}
 
 
 def test_a_small_source_goes_round_within_a_step():
-    batch = next(iter(data.JointSampler({'video': 8, 'image': 3}, {'video': 4, 'image': 7})))
+    batch = data.JointSampler({'video': 8, 'image': 3}, {'video': 4, 'image': 7}).batch(0)
     assert [key[1] for key in batch[4:]] == [0, 0, 0, 1, 1, 1, 2] and len(set(batch)) == 11
-
-
-def test_joint_sampler_goes_on_where_it_was():
-    sampler = joint_sampler(epochs=3)
-    everything = list(sampler)
-    steps = sampler.steps_per_epoch + 5
-    sampler.epoch, sampler.done = 1, {'video': 5 * 4, 'image': steps * 7}
-    assert list(sampler) == everything[steps:] and len(sampler) == len(list(sampler))
 
 
 def test_joint_sampler_needs_one_full_step():
     message = '6 training videos are too few for a step of 2 x 4; lower --videos-per-gpu'
     with pytest.raises(ValueError, match=message):
-        data.JointSampler({'video': 6}, {'video': 4}, world_size=2)
+        data.JointSampler({'video': 6}, {'video': 4}, 2)
 
 
 def test_workers_are_loaded_evenly_and_change_nothing(demo):
@@ -386,13 +370,10 @@ def test_workers_are_loaded_evenly_and_change_nothing(demo):
     joint = data.JointDataset(
         {'video': data.VideoDataset(videos, size=56), 'image': data.ImageDataset(images, size=56)}
     )
-    sampler = data.JointSampler(
-        {'video': len(videos), 'image': len(images)}, {'video': 4, 'image': 5}, epochs=1
-    )
+    sampler = data.JointSampler({'video': len(videos), 'image': len(images)}, {'video': 4, 'image': 5})
+    keys = steps_of(sampler, sampler.steps_per_epoch)
     loaded = [
-        list(
-            torch.utils.data.DataLoader(joint, batch_sampler=sampler, collate_fn=data.collate, num_workers=n)
-        )
+        list(torch.utils.data.DataLoader(joint, batch_sampler=keys, collate_fn=data.collate, num_workers=n))
         for n in (0, 2, 3)
     ]
     assert len(loaded[0]) == 8
@@ -401,5 +382,5 @@ def test_workers_are_loaded_evenly_and_change_nothing(demo):
             assert [item.pixels.shape for item in batch.values()] == [(4, 3, 8, 56, 56), (5, 3, 56, 56)]
             assert list(batch) == list(other) == ['video', 'image']
             for item, twin in zip(batch.values(), other.values()):
-                assert item.label.shape == (len(item.pixels),) and torch.equal(item.label, twin.label)
-                assert torch.equal(item.pixels, twin.pixels) and item.path == twin.path
+                assert item.labels.shape == (len(item.pixels),) and torch.equal(item.labels, twin.labels)
+                assert torch.equal(item.pixels, twin.pixels) and item.paths == twin.paths

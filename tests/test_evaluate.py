@@ -145,7 +145,7 @@ def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
     samples = sources.read_list(
         str(demo / 'data/demo/video_val.txt'), str(demo / 'data/demo/videos_val'), videos=True
     )
-    samples = data.Samples(samples.paths[:4], samples.labels[:4], samples.root)  # of classes 0 to 3
+    samples = data.FileList(samples.paths[:4], samples.labels[:4], samples.root)  # of classes 0 to 3
     scores = np.array([[0.9, 0.1, 0, 0], [0.6, 0.3, 0.1, 0], [np.nan] * 4, [0.1, 0.7, 0, 0.2]])
     drawn = []
     monkeypatch.setattr(prepare, 'draw_rows', lambda *arguments: drawn.extend(arguments))

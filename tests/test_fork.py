@@ -144,7 +144,7 @@ def test_a_third_source(fork, processes):
         '--place-val-list place_val.txt --place-val-root data/demo/images_val'
     )
     output = run(f'{launch(processes)}./train.py {options} --work-dir whole', folder).stdout
-    assert f'{processes} x 5 images and {processes} x 2 places' in output and 'places, centre crop' in output
+    assert f'{processes} x 5 images and {processes} x 2 places' in output
     records = [json.loads(line) for line in (folder / 'whole/log.jsonl').read_text().splitlines()]
     assert len(records) == 2 * (8 // processes) + 1
     assert all(0 < r['place_loss'] < r['loss'] and 0 <= r['place_top1'] <= 1 for r in records[:-1])
@@ -154,7 +154,7 @@ def test_a_third_source(fork, processes):
     status = {1: 128 + signal.SIGTERM, 2: 1}[processes]  # torchrun has its own
     run(f'{launch(processes)}./stops.py {options} --work-dir stopped', folder, expect=status)
     saved = torch.load(folder / 'stopped/latest.pth', weights_only=True)
-    assert saved['done'] == {'video': 12 * processes, 'image': 15 * processes, 'place': 6 * processes}
+    assert saved['step'] == 3
     output = run(f'{launch(processes)}./train.py {options} --work-dir stopped --resume', folder).stdout
     assert 'resuming from stopped/latest.pth' in output
     ends = [torch.load(folder / f'{name}/latest.pth', weights_only=True) for name in ('whole', 'stopped')]
@@ -163,7 +163,7 @@ def test_a_third_source(fork, processes):
         torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
     if processes == 1:
         line = './evaluate.py --ckpt stopped/latest.pth --clips 2 --crops 1 --workers 0'
-        assert '8 videos, 2 clips x 1 crops' in run(line, folder).stdout
+        assert '8 videos of 8 classes, 2 clips x 1 crops' in run(line, folder).stdout
 
 
 def test_another_backbone(fork):
@@ -171,7 +171,7 @@ def test_another_backbone(fork):
     for processes in (1, 2):
         options = f'{SMALL} --epochs 1 --videos-per-gpu {8 // processes} --work-dir by{processes}'
         output = run(f'{launch(processes)}./train.py {options}', folder).stdout
-        assert 'epoch 1/1 step 4/4' in output and 'videos, 10 clips x 3 crops' in output
+        assert 'epoch 1/1 step 4/4' in output and 'classes, 10 clips x 3 crops' in output
         assert 'validation  video_top1' in output and 'image_top1' in output
     weights = torch.load(folder / 'by2/latest.pth', weights_only=True)['model']
     assert weights['backbone.layer4.1.conv2.weight'].shape == (512, 512, 3, 3)
@@ -179,5 +179,5 @@ def test_another_backbone(fork):
     evaluate = '--ckpt by2/best.pth --clips 2 --workers 0'
     lines = [evaluate, f'{evaluate} --images', f'{evaluate} {clip} {photo}']  # one after the other, quicker
     output = run(['-c', f'import evaluate\nfor line in {lines}: evaluate.main(line.split())'], folder).stdout
-    assert '8 videos, 2 clips x 3 crops' in output and '12 images, centre crop' in output
+    assert '8 videos of 8 classes, 2 clips x 3 crops' in output and '12 images of 4 classes' in output
     assert f'{clip} (video)\n' in output and f'{photo} (image)\n' in output

@@ -248,7 +248,9 @@ def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, signum):
     records = [json.loads(line) for line in (demo / folder / 'log.jsonl').read_text().splitlines()]
     steps = [record for record in records if 'step' in record]
     saved = torch.load(demo / folder / 'latest.pth', weights_only=True)
-    assert (saved['epoch'], saved['done']['video'] // 4) == (steps[-1]['epoch'] - 1, steps[-1]['step'])
+    assert (
+        saved['step'] == 8 * saved['epoch'] + steps[-1]['step'] and saved['epoch'] == steps[-1]['epoch'] - 1
+    )
     run(f'{launch(1)} {OPTIONS} --workers 2 --work-dir {folder} --resume', demo)
     assert same(final(demo / folder), undisturbed(1))
 
@@ -266,18 +268,17 @@ def test_another_number_of_processes_goes_on_with_what_is_left(demo, dies):
     line = dies('torch.nn.utils.clip_grad_norm_', 3, 'regrouped', signum=signal.SIGTERM)
     run(line, demo, expect=128 + signal.SIGTERM)
     output = run(f'torchrun --nproc_per_node=2 train.py {OPTIONS} --work-dir regrouped --resume', demo).stdout
-    assert '1 processes -> 2: the other 20 videos of epoch 1 are dealt out anew' in output
+    assert '8 steps an epoch -> 4: going on after step 1 of epoch 1' in output
     steps = [json.loads(line) for line in (demo / 'regrouped/log.jsonl').read_text().splitlines()]
     steps = [(record['epoch'], record['step']) for record in steps if 'step' in record]
     assert steps == [
         *((1, i) for i in (1, 2, 3)),
-        (1, 2),
-        (1, 3),
+        *((1, i) for i in (2, 3, 4)),
         *((e, i) for e in (2, 3) for i in range(1, 5)),
     ]
 
 
-def test_damaged_checkpoints_are_named_and_skipped(undisturbed, demo, tmp_path):
+def test_damaged_checkpoints_are_named_and_skipped(undisturbed, demo, tmp_path, capsys):
     undisturbed(1)
     whole = (demo / 'undisturbed1/latest.pth').read_bytes()
     flipped = bytearray(whole)
@@ -285,13 +286,13 @@ def test_damaged_checkpoints_are_named_and_skipped(undisturbed, demo, tmp_path):
     (tmp_path / 'latest.pth').write_bytes(flipped)
     (tmp_path / 'epoch_10.pth').write_bytes(whole[: len(whole) // 2])
     (tmp_path / 'epoch_9.pth').write_bytes(whole)
-    shown = []
-    assert checkpoint.newest(tmp_path, shown.append)[1] == f'{tmp_path}/epoch_9.pth'
+    assert checkpoint.newest(tmp_path)[1] == f'{tmp_path}/epoch_9.pth'
+    shown = capsys.readouterr().out.splitlines()
     assert f'skipping {tmp_path}/latest.pth: a damaged checkpoint (wrong checksum' in shown[0]
     assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint of train.py or MMAction2, or a' in shown[1]
     (tmp_path / 'epoch_9.pth').unlink()
     with pytest.raises(ValueError, match='no checkpoint in it is whole'):
-        checkpoint.newest(tmp_path, shown.append)
+        checkpoint.newest(tmp_path)
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
@@ -361,7 +362,7 @@ def test_a_validation_that_does_not_end_loses_nothing(undisturbed, demo, dies):
     line = dies('evaluate.score_views', 1, 'invalid').replace('--no-validate', '')
     run(line, demo, expect=-signal.SIGKILL)
     saved = torch.load(demo / 'invalid/latest.pth', weights_only=True)
-    assert (saved['epoch'], saved['done']) == (1, {'video': 32, 'image': 80})
+    assert (saved['epoch'], saved['step']) == (1, 16)
     run(f'train.py {OPTIONS} --workers 1 --work-dir invalid --resume'.replace('--no-validate', ''), demo)
     assert same(final(demo / 'invalid'), undisturbed(1))
     records = [json.loads(line) for line in (demo / 'invalid/log.jsonl').read_text().splitlines()]

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import claim
 import numpy as np
@@ -56,12 +55,13 @@ def trained(demo):
 def test_demo_trains_validates_and_tests(trained):
     folder, output = trained
     assert 'reusing the set' in output
-    assert 'training on 32 videos in 8 classes and 40 images in 4 classes' in output
-    assert 'held-out' in output and 'videos, 10 clips x 3 crops' in output and 'images, centre crop' in output
+    assert 'training on 32 videos in 8 classes; an epoch sees 32, 1 times the set' in output
+    assert '16 videos of 8 classes, 10 clips x 3 crops' in output
+    assert '12 images of 4 classes, centre crop' in output
     last = output.strip().splitlines()[-1]
     assert last == 'Next: python evaluate.py --ckpt work_dirs/demo/latest.pth --dump result.pkl'
     result = run(last.removeprefix('Next: python '), folder)
-    assert '16 videos, 10 clips x 3 crops' in result.stdout and (folder / 'result.pkl').exists()
+    assert '16 videos of 8 classes, 10 clips x 3 crops' in result.stdout and (folder / 'result.pkl').exists()
     assert '12 images' in run('evaluate.py --ckpt work_dirs/demo/best.pth --images', folder).stdout
 
 
@@ -165,7 +165,10 @@ def test_images_first_then_videos(demo):
     state = saved['model']
     assert not any(key.startswith('video_head') for key in state)
     assert torch.equal(state['bn1.running_mean'], torch.zeros(8))
-    assert '12 images, centre crop' in run('evaluate.py --ckpt images/best.pth --images', demo).stdout
+    assert (
+        '12 images of 4 classes, centre crop'
+        in run('evaluate.py --ckpt images/best.pth --images', demo).stdout
+    )
     records = [json.loads(line) for line in (demo / 'images/log.jsonl').read_text().splitlines()]
     assert (records[0]['epoch'], records[0]['step']) == (1, 5) and 'video_loss' not in records[0]
 
@@ -186,7 +189,7 @@ def test_two_processes(demo):
         'import os, json, torch, data, train\n'
         'paths, collate = [], data.collate\n'
         'def recording(samples):\n'
-        '    paths.append([item.path for _, item in samples])\n'
+        '    paths.append([sample.path for _, sample in samples])\n'
         '    return collate(samples)\n'
         'data.collate = recording\n'
         'network = train.main()\n'
@@ -204,12 +207,10 @@ def test_two_processes(demo):
     ]
     for rank in (0, 1):
         drawn = json.loads((demo / f'rank{rank}.json').read_text())
-        sampler = data.JointSampler(
-            {'video': 32, 'image': 40}, {'video': 4, 'image': 5}, rank, 2, seed=3, epochs=2
-        )
+        sampler = data.JointSampler({'video': 32, 'image': 40}, {'video': 4, 'image': 5}, 2, seed=3)
         expected = [
-            [lists[source == 'image'][index].rsplit(' ', 1)[0] for source, _, index in batch]
-            for batch in sampler
+            [lists[source == 'image'][index].rsplit(' ', 1)[0] for source, _, index in sampler.batch(s, rank)]
+            for s in range(8)
         ]
         assert [[Path(path).name for path in batch] for batch in drawn] == expected
 
@@ -350,8 +351,8 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch):
 
 
 def test_the_log_is_json_whatever_the_numbers(tmp_path):
-    log = Log(tmp_path, torch.device('cpu'))
-    log.write({'step': 3, 'grad_norm': float('inf'), 'loss': float('nan')}, 3, 'train')
+    log = Log(str(tmp_path), torch.device('cpu'))
+    log.write({'step': 3, 'grad_norm': float('inf'), 'loss': float('nan')}, 'train')
     assert (tmp_path / 'log.jsonl').read_text() == '{"step": 3, "grad_norm": null, "loss": null}\n'
 
 
@@ -380,11 +381,11 @@ def test_the_readme_s_recipes_do_what_they_say():
     torch.testing.assert_close(space['losses']['image'], F.cross_entropy(logits['image'], labels['image']))
 
     network = OmniSlowOnly(3, 3, (1, 1, 1, 1), 8)
-    exec(frozen, {'network': network, 'run': SimpleNamespace(network=network)})
+    exec(frozen, {'network': network})
     before = {key: value.clone() for key, value in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
     pixels = {'video': torch.rand(4, 3, 2, 32, 32) * 255, 'image': torch.rand(4, 3, 32, 32) * 255}
-    items = {s: data.Item(x, torch.tensor([0, 1, 2, 0]), [], []) for s, x in pixels.items()}
+    items = {s: data.Batch(x, torch.tensor([0, 1, 2, 0]), [], []) for s, x in pixels.items()}
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     train.train_step(network, optimizer, scaler, [items], [0], torch.device('cpu'))
     moved = {key.split('.')[0] for key, v in network.state_dict().items() if not torch.equal(v, before[key])}
@@ -413,11 +414,9 @@ def test_statistics_of_the_first_steps_are_averaged_evenly(demo, accumulate):
     joint = data.JointDataset(
         {'video': data.VideoDataset(videos, size=56), 'image': data.ImageDataset(images, size=56)}
     )
-    sampler = data.JointSampler(
-        {'video': 32, 'image': 40}, {'video': 4, 'image': 5}, epochs=1, accumulate=accumulate
-    )
+    sampler = data.JointSampler({'video': 32, 'image': 40}, {'video': 4, 'image': 5}, accumulate)
     means, variances = {'video': [], 'image': []}, {'video': [], 'image': []}
-    for keys in sampler:
+    for keys in (sampler.batch(s, n) for s in range(8 // accumulate) for n in range(accumulate)):
         for source, item in data.collate([joint[key] for key in keys]).items():
             x = item.pixels.float()
             x = x.transpose(1, 2).flatten(0, 1) if source == 'video' else x
@@ -465,7 +464,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     )
     output = run(f'{hasty} --layers 1 1 1 1 --width 8 --size 56 --workers 1', folder).stdout
     assert "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr" in output
-    assert 'an epoch sees 32 videos, 1 times the set\nan epoch sees 170 images, 4.25 times the set' in output
+    assert 'an epoch sees 170, 4.25 times the set' in output
 
 
 def test_the_readme_s_comparison_follows_from_its_runs():
