@@ -43,7 +43,7 @@ class VideoReader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._container, self.stream = _open(self.path)
+        self._container, self.stream = open_video(self.path)
         self._reformatter = VideoReformatter()
         try:
             self._index = _index(self._container, self.stream)
@@ -97,7 +97,7 @@ class VideoReader:
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield (number, frame) for all frames from the start, in presentation order, as PyAV gives them."""
-        container, stream = _open(self.path)  # not every container can seek back to its start
+        container, stream = open_video(self.path)  # not every container can seek back to its start
         try:
             yield from enumerate(container.decode(stream))
         finally:
@@ -175,9 +175,11 @@ def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _open(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """A file, opened with FFmpeg's `options`, and its video stream. Raises what VideoReader raises."""
+    lenient = {'metadata_errors': 'ignore'} if int(av.__version__.split('.')[0]) < 19 else {}
     try:
-        container = av.open(path, metadata_errors='ignore')
+        container = av.open(path, options=options, **lenient)
     except av.FFmpegError as error:  # most are an OSError or a ValueError as well
         if isinstance(error, (OSError, ValueError)):
             raise

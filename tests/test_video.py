@@ -637,6 +637,22 @@ def test_a_video_without_frame_rate(tmp_path):
     check(path, decode_all(path))
 
 
+@pytest.mark.parametrize('ending', ['mp4', 'mkv'])
+def test_a_title_that_is_not_utf8(ending, tmp_path):
+    path = tmp_path / f'a.{ending}'
+    with av.open(write_video(tmp_path / 'plain.mkv')) as source, av.open(str(path), 'w') as copy:
+        copy.metadata['title'] = 'in Latin-1'
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    content = path.read_bytes()
+    assert b'in Latin-1' in content
+    path.write_bytes(content.replace(b'in Latin-1', b'\xe4\xf6\xfc Latin\xff'))
+    check(path, decode_all(tmp_path / 'plain.mkv'))
+
+
 def test_the_whole_part_of_a_cut_video_is_right(tmp_path):
     whole, path = write_video(tmp_path / 'whole.mp4', num_frames=60, options={'g': '6'}), tmp_path / 'a.mp4'
     copy_packets(whole, path, movflags='faststart')  # the index first
