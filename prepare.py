@@ -32,7 +32,7 @@ from runtime import sources
 from runtime.distributed import open_outputs
 from runtime.log import locked
 from runtime.parallel import in_parallel
-from video import VideoReader, open_video, upright
+from video import VideoReader, open_video, turn, upright
 
 # check: what neither training nor evaluation may stumble over ---------------------------------------------
 
@@ -209,7 +209,7 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
     Turned in YUV, as the way to RGB and back can cost three levels of 255.
     """
     is_rgb = frame.format.is_rgb or frame.colorspace == 0  # the latter with a palette
-    if not is_rgb and 'DISPLAYMATRIX' not in frame.side_data:
+    if not is_rgb and not any(turn(frame)):
         return frame
     matrix, levels = (Colorspace.ITU601, ColorRange.MPEG) if is_rgb else (None, frame.color_range)
     yuv = frame.reformat(format='yuv444p', dst_colorspace=matrix, dst_color_range=levels)

@@ -16,10 +16,15 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
+from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+LENIENT = {}
+if int(av.__version__.split('.')[0]) < 19:  # text that is not UTF-8, or new side data, would be an error
+    LENIENT = {'metadata_errors': 'ignore'}
+    SideDataType._missing_ = classmethod(lambda cls, value: cls.VIDEO_HINT)  # any that is not looked at
 
 
 class VideoReader:
@@ -108,10 +113,12 @@ class VideoReader:
         """Take `decoded` (number, frame) until none is `missing`; those that were come out as arrays."""
         size = None
         for number, frame in decoded:
-            size = size or (frame.width, frame.height)  # where sizes change, decoding begins at frame 0
+            if not size:  # where sizes change, decoding begins at frame 0
+                size, lying = (frame.width, frame.height), turn(frame)[0]
             if number in missing:
                 missing.remove(number)
-                rgb = self._reformatter.reformat(frame, *size, 'rgb24', threads=1).to_ndarray()
+                wanted = size if turn(frame)[0] == lying else size[::-1]
+                rgb = self._reformatter.reformat(frame, *wanted, 'rgb24', threads=1).to_ndarray()
                 yield number, upright(rgb, frame)
             if not missing:
                 break
@@ -161,25 +168,30 @@ class VideoReader:
         yield from codec.decode(None)
 
 
-def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Pixels (H, W, ...) of a frame, turned and mirrored as its display matrix says (a telephone's, mostly).
+def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """What makes a frame upright: a flip across the diagonal, then one upside down, then one left to right.
 
-    The matrix takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight ways is taken.
+    Its display matrix says so: a telephone's, mostly, but FFmpeg 8.1 makes one of a photo's EXIF, too. It
+    takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight ways is taken.
     """
     matrix = frame.side_data.get('DISPLAYMATRIX')
     if matrix is None:
-        return pixels
+        return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
+
+
+def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Pixels (H, W, ...) of a frame, turned and mirrored as it says."""
+    across, upside_down, left_to_right = turn(frame)
+    pixels = pixels.swapaxes(0, 1) if across else pixels
+    return np.ascontiguousarray(pixels[:: -1 if upside_down else 1, :: -1 if left_to_right else 1])
 
 
 def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     """A file, opened with FFmpeg's `options`, and its video stream. Raises what VideoReader raises."""
-    lenient = {'metadata_errors': 'ignore'} if int(av.__version__.split('.')[0]) < 19 else {}
     try:
-        container = av.open(path, options=options, **lenient)
+        container = av.open(path, options=options, **LENIENT)
     except av.FFmpegError as error:  # most are an OSError or a ValueError as well
         if isinstance(error, (OSError, ValueError)):
             raise

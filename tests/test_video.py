@@ -1,5 +1,6 @@
 """Frames are exact: those that decoding everything from the start gives, whatever the file."""
 
+import io
 import os
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from conftest import ROOT, decode_all, write_video
+from PIL import Image
 
 from video import SPLITTERS, VideoReader, _units
 
@@ -237,6 +239,31 @@ def test_turned_real_file():
     if not path.exists():
         pytest.skip(f'no {path}')
     check(path, np.rot90(decode_all(path), -1, axes=(1, 2)))
+
+
+@pytest.mark.parametrize('orientations', [(6, 5, 8, 7), (1, 2, 3, 4), (8, 1, 6, 3)])
+def test_photos_as_frames_come_upright(orientations, tmp_path):
+    """Motion JPEG of a camera, whose EXIF is side data that older versions of PyAV do not know."""
+    plain = write_video(tmp_path / 'plain.avi', num_frames=4, codec='mjpeg', pix_fmt='yuvj420p')
+
+    def change(number, packet):
+        exif, photo = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientations[number]
+        Image.open(io.BytesIO(bytes(packet))).save(photo, 'JPEG', exif=exif)
+        return with_content(packet, photo.getvalue())
+
+    copy_packets(plain, tmp_path / 'a.avi', change)
+    turns = {1: lambda x: x} | {o: turned for o, (_, turned) in zip((6, 3, 8, 2, 4, 5, 7), TURNS.values())}
+    expected = []
+    with av.open(str(tmp_path / 'a.avi')) as container:
+        for orientation, frame in zip(orientations, container.decode(video=0)):
+            alike = (orientation > 4) == (orientations[0] > 4)  # else it lies where the first one stands
+            frame = frame.reformat(*((64, 48) if alike else (48, 64)), 'rgb24')
+            expected.append(turns[orientation](frame.to_ndarray()[None])[0])
+    if av.library_versions['libavcodec'] >= (62, 28):  # FFmpeg 8.1
+        check(tmp_path / 'a.avi', np.stack(expected))
+    with VideoReader(tmp_path / 'a.avi') as video:
+        assert len(video.get_batch(range(4))) == 4
 
 
 def test_frames_cut_off_by_an_edit_list(tmp_path):
