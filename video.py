@@ -28,7 +28,7 @@ if int(av.__version__.split('.')[0]) < 19:  # text that is not UTF-8, or new sid
 
 
 class VideoReader:
-    """Random access to the frames of a file's first video stream (cover art is none), on one thread.
+    """Random access to the frames of a file's best video stream (cover art is none), on one thread.
 
     `get_batch([i, ...])` gives the i-th frames in presentation order, upright, whatever the container, the
     codec or the key frames: the same pixels as decoding everything from the start. All frames have the size
@@ -199,10 +199,12 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
     streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
     if not streams:
         raise ValueError('no video stream')
-    if streams[0].codec_context is None:
+    best = container.streams.best('video')
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
         raise ValueError('no decoder for its video stream')
-    streams[0].codec_context.thread_count = 1  # a loader's workers are the parallelism
-    return container, streams[0]
+    stream.codec_context.thread_count = 1  # a loader's workers are the parallelism
+    return container, stream
 
 
 # Which files can be read from the middle -----------------------------------------------------------------

@@ -310,6 +310,28 @@ def test_a_cover_is_no_video(tmp_path):
     check(path, decode_all(plain))
 
 
+@pytest.mark.parametrize('best', [0, 1])
+@pytest.mark.parametrize('ending', ['mp4', 'mkv'])
+def test_the_best_of_several_videos(ending, best, tmp_path):
+    """As FFmpeg has it: the one that is marked."""
+    path = tmp_path / f'both.{ending}'
+    paths = [write_video(tmp_path / f'{n}.mp4', 20 + n) for n in range(2)]
+    with av.open(str(path), 'w') as both, av.open(paths[0]) as first, av.open(paths[1]) as second:
+        streams = [both.add_stream_from_template(source.streams.video[0]) for source in (first, second)]
+        streams[0].disposition, streams[1].disposition = 1 - best, best  # 1: the default
+        for source, stream in zip((first, second), streams):
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    both.mux(packet)
+    check(path, decode_all(paths[best]))
+    path.write_bytes(
+        path.read_bytes().replace(b'avc1', b'xyz1').replace(b'V_MPEG4/ISO/AVC', b'V_XXXX4/ISO/AVC')
+    )
+    with pytest.raises(ValueError, match='no decoder'):
+        VideoReader(path)
+
+
 def test_a_song_with_a_cover_is_no_video(tmp_path):
     with av.open(str(tmp_path / 'song.mp3'), 'w') as container:
         stream = container.add_stream('mp3', rate=44100)
