@@ -32,7 +32,7 @@ from runtime import sources
 from runtime.distributed import open_outputs
 from runtime.log import locked
 from runtime.parallel import in_parallel
-from video import VideoReader, open_video, turn, upright
+from video import VideoReader, local, open_video, turn, upright
 
 # check: what neither training nor evaluation may stumble over ---------------------------------------------
 
@@ -176,7 +176,7 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     The settings are those of many that decode fastest for their size at equal PSNR: no B-frames, and by
     `fastdecode` neither CABAC nor deblocking.
     """
-    with VideoReader(source) as video, av.open(target, 'w', format='mp4') as container:
+    with VideoReader(source) as video, av.open(local(target), 'w', format='mp4') as container:
         check_end(video)
         options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
         options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'

@@ -188,10 +188,15 @@ def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if upside_down else 1, :: -1 if left_to_right else 1])
 
 
+def local(path: str) -> str:
+    """A path as FFmpeg needs it, which takes what is before a colon for a protocol: `clip:1.mp4`."""
+    return os.path.join('.', path)
+
+
 def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     """A file, opened with FFmpeg's `options`, and its video stream. Raises what VideoReader raises."""
     try:
-        container = av.open(path, options=options, **LENIENT)
+        container = av.open(local(path), options=options, **LENIENT)
     except av.FFmpegError as error:  # most are an OSError or a ValueError as well
         if isinstance(error, (OSError, ValueError)):
             raise

@@ -686,6 +686,14 @@ def test_a_video_without_frame_rate(tmp_path):
     check(path, decode_all(path))
 
 
+@pytest.mark.parametrize('name', ['clip:1.mp4', 'http:1.mp4', 'file:1.mp4', 'subfile,a:b.mp4', '50%d?#.mp4'])
+def test_a_file_is_a_file_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / 'a.mp4')
+    os.rename('a.mp4', name)
+    check(name, decode_all(tmp_path / name))
+
+
 @pytest.mark.parametrize('ending', ['mp4', 'mkv'])
 def test_a_title_that_is_not_utf8(ending, tmp_path):
     path = tmp_path / f'a.{ending}'
