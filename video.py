@@ -54,12 +54,12 @@ class VideoReader:
             self._index = _index(self._container, self.stream)
         except (LookupError, av.FFmpegError):
             self._index = None
-        self._length = len(self._index.place) if self._index else sum(1 for _ in self.decode())
-        if not self._length:
+        self._pts = [*self._index.number] if self._index else [frame.pts for _, frame in self.decode()]
+        if not self._pts:
             raise ValueError('no frames')
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._pts)
 
     @property
     def group(self) -> float:
@@ -72,6 +72,16 @@ class VideoReader:
     def __exit__(self, *exc_info) -> None:
         self.stream = None  # before the container: in the other order memory piles up slowly
         self._container.close()
+
+    def times(self, indices: Sequence[int]) -> np.ndarray:
+        """When frames `indices` are shown -> float64 (N,), in seconds after the first frame of the video."""
+        steps = np.diff(np.array(self._pts, dtype=float) * float(self.stream.time_base))
+        usual = float(1 / (self.stream.guessed_rate or 30))
+        # AVI has the times of packets, not of pictures: in order they are right. Farther back, time begins
+        # anew; and elementary streams have none (NaN).
+        steps[~(steps > -17 * usual)] = usual
+        times = np.sort(np.append(0, steps.cumsum()))
+        return (times - times[0])[np.asarray(indices)]
 
     def get_batch(self, indices: Sequence[int]) -> np.ndarray:
         """Frames `indices` (any order, repeats allowed) -> uint8 (N, H, W, 3) RGB, in the order asked.

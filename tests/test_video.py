@@ -46,7 +46,27 @@ VIDEOS = {
     'h264 without loss': ('a.mp4', dict(num_frames=40, options={'qp': '0', 'g': '10'})),
     'h264 in 10 bits': ('a.mp4', dict(num_frames=20, pix_fmt='yuv420p10le')),
     'h264 in grey': ('a.mp4', dict(num_frames=20, pix_fmt='gray')),
+    'h264 with B-frames in AVI': ('a.avi', dict(num_frames=40, options={'bf': '3'})),
+    'h264 in no container': ('a.h264', dict(num_frames=40, options={'bf': '2'})),
     'mpeg4 with B-frames': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12', 'bf': '2'})),
+    'mpeg2 in no container': ('a.m2v', dict(num_frames=40, codec='mpeg2video', options={'bf': '2'})),
+    'mpeg2 in a program stream': (
+        'a.mpg',
+        dict(num_frames=40, codec='mpeg2video', size=(144, 176), options={'bf': '2'}),
+    ),
+    'wmv': ('a.wmv', dict(num_frames=40, codec='wmv2')),
+    'wmv at a variable rate': (
+        'a.wmv',
+        dict(num_frames=30, codec='wmv2', times=np.cumsum([20 + 900 * (i % 9 == 5) for i in range(30)])),
+    ),
+    'vp8 at a variable rate': (
+        'a.webm',
+        dict(num_frames=30, codec='libvpx', times=np.cumsum([20 + 900 * (i % 9 == 5) for i in range(30)])),
+    ),
+    'mpeg4 with frames left out': ('a.avi', dict(num_frames=40, codec='mpeg4', times=range(0, 2400, 60))),
+    'flash': ('a.flv', dict(num_frames=40, codec='flv1')),
+    'not compressed': ('a.y4m', dict(num_frames=10, codec='wrapped_avframe')),
+    'gif': ('a.gif', dict(num_frames=20, codec='gif', pix_fmt='rgb8', times=range(0, 1200, 60))),
 }
 
 
@@ -140,6 +160,9 @@ def test_frames_equal_decoding_from_the_start(name, tmp_path):
     file, options = VIDEOS[name]
     path = write_video(tmp_path / file, **options)
     check(path, decode_all(path))
+    with VideoReader(path) as video:
+        times = np.array(options.get('times', np.arange(len(video)) * 20)) / 600
+        np.testing.assert_allclose(video.times(range(len(video))), times - times[0], atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -431,6 +454,8 @@ def test_a_size_that_changes_midway(codec, tmp_path):
         expected = [frame.reformat(64, 64, 'rgb24').to_ndarray() for frame in container.decode(video=0)]
     assert len(expected) == 40
     check(path, np.stack(expected))
+    with VideoReader(path) as video:  # the second part's times begin anew, too
+        np.testing.assert_allclose(video.times([0, 19, 20, 39]), np.array([0, 19, 20, 39]) / 30, atol=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------
