@@ -280,7 +280,7 @@ def _index(container: av.container.InputContainer, stream: av.VideoStream) -> In
 # Kinds of packets. Nothing after one that STARTS needs what is before; after one that OPENS, only pictures
 # that are shown before it may. One that is HIDDEN is not shown, but can be referred to.
 HIDDEN, FOLLOWS, OPENS, STARTS = range(4)
-SPLITTERS = {'vp8': 'null', 'mpeg4': 'null', 'vp9': 'vp9_superframe_split', 'av1': 'av1_frame_split'}
+SPLITTERS = {'vp8': 'null', 'vp9': 'vp9_superframe_split', 'av1': 'av1_frame_split'}
 
 
 def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Callable, str | None]:
@@ -290,8 +290,10 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     """
     codec = stream.codec_context
     name, extradata = codec.codec.canonical_name, bytes(codec.extradata or b'')
+    if name == 'mpeg4':
+        return partial(_mpeg4, extradata, _mpeg4_coded(extradata)), None
     if name not in ('h264', 'hevc'):
-        return partial(_kind, name, extradata, BitStreamFilterContext(SPLITTERS[name], stream)), None
+        return partial(_kind, name, BitStreamFilterContext(SPLITTERS[name], stream)), None
     prefix, parameters = 0, extradata  # units come after start codes
     if container.format.name != 'mpegts':  # but in MP4 and Matroska: the length of each is before it
         if extradata[0] != 1:  # as in AVI, which has no presentation times
@@ -308,19 +310,22 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     return partial(look, prefix, parameters), 'NONREF' if layers == 1 else 'DEFAULT'
 
 
-def _kind(name: str, extradata: bytes, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
+def _kind(name: str, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
     if name == 'vp8' and not memoryview(packet)[0] & 16:
         return HIDDEN
-    if name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
-        head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
-        head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
-        if head not in extradata or len(picture) < 8 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
-            return None
     if name in ('vp9', 'av1'):  # what is in a packet comes apart, pictures that are not shown without a time
         copy = av.Packet(bytes(packet))
         copy.pts = 0
         if sum(picture.pts is not None for picture in splitter.filter(copy)) != 1:
             return None
+    return STARTS if packet.is_keyframe else FOLLOWS
+
+
+def _mpeg4(extradata: bytes, coded: re.Pattern, packet: av.Packet) -> int | None:
+    head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
+    head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
+    if head not in extradata or b'\0\0\1\xb6' in picture or not coded.match(_digits(picture[:16])):
+        return None  # new parameters, two pictures, or one that is not coded, which stands for none
     return STARTS if packet.is_keyframe else FOLLOWS
 
 
@@ -405,8 +410,25 @@ def _hevc_layers(parameters: list[bytes]) -> int:
     return (sets[0][2] >> 1 & 7) + 1 if len(sets) == 1 else 0
 
 
+def _mpeg4_coded(extradata: bytes) -> re.Pattern:
+    """With which digits a picture begins that is coded and no B-frame: its type, seconds, fractions, a 1.
+
+    The header says how many digits the fractions have, after: two fields, version, shape of a pixel, control
+    (of a buffer, too), a rectangle's mark.
+    """
+    header = '.{9}(0|1.{7})(1111.{16}|(?!1111).{4})(0|1...(0|1.{79}))001(.{16})'
+    found = re.match(header, _digits(extradata.partition(b'\0\0\1\x20')[2]))
+    if not found:
+        raise LookupError('mpeg4')
+    return re.compile(f'(0.|11)1*01.{{{max((int(found[5], 2) - 1).bit_length(), 1)}}}11')
+
+
+def _digits(data: bytes) -> str:
+    return ''.join(f'{byte:08b}' for byte in data)
+
+
 def _bits(unit: bytes) -> Iterator[str]:
-    return iter(''.join(f'{byte:08b}' for byte in unit.replace(b'\0\0\3', b'\0\0')))
+    return iter(_digits(unit.replace(b'\0\0\3', b'\0\0')))
 
 
 def _number(bits: Iterator[str]) -> int:
