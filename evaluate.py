@@ -201,11 +201,11 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
     if args.timeline and kind == 'video':
         with VideoReader(path) as video:
             clips = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, args.clips)
-            rate, end = float(video.stream.average_rate or 30), len(video) - 1
-        for first, row in zip(clips[:, 0], scores.unflatten(0, (args.crops, -1)).mean(0)):
-            last = min(first + (dataset.clip_len - 1) * dataset.frame_interval, end)
+            last = clips[:, 0] + (dataset.clip_len - 1) * dataset.frame_interval
+            starts, ends = video.times(clips[:, 0]), video.times(last.clip(max=len(video) - 1))
+        for start, end, row in zip(starts, ends, scores.unflatten(0, (args.crops, -1)).mean(0)):
             likeliest = [f'{class_name(names[kind], i)} {row[i]:.1%}' for i in row.topk(min(3, len(row)))[1]]
-            lines.append(f'  {first / rate:7.1f} to {last / rate:6.1f} s  {", ".join(likeliest)}')
+            lines.append(f'  {start:7.1f} to {end:6.1f} s  {", ".join(likeliest)}')
         return '\n'.join(lines)
     scores = scores.mean(0)
     for score, label in zip(*scores.topk(min(5, len(scores)))):

@@ -32,7 +32,7 @@ from runtime import sources
 from runtime.distributed import open_outputs
 from runtime.log import locked
 from runtime.parallel import in_parallel
-from video import VideoReader, upright
+from video import VideoReader, local, open_video, turn, upright
 
 # check: what neither training nor evaluation may stumble over ---------------------------------------------
 
@@ -79,17 +79,16 @@ def check_end(video: VideoReader) -> None:
     which is all that Matroska and WebM have, is that of sound and of a long last frame too.
     """
     packets, last = 0, 0.0
-    options = {'ignore_editlist': '1'}  # what MP4 hides by it is counted
-    with av.open(video.path, options=options, metadata_errors='ignore') as container:
-        stream = container.streams[video.stream.index]
+    container, stream = open_video(video.path, ignore_editlist='1')  # what MP4 hides by it is counted
+    with container:
         for packet in container.demux(stream):
             packets += bool(packet.size)  # the last one is empty
             last = max(last, float((packet.pts or 0) * stream.time_base))
         duration = (container.duration or 0) / av.time_base
-    length = float(stream.frames / (stream.average_rate or 30))
-    if packets < 0.9 * stream.frames and last < 0.9 * length:  # in time too, as AVI counts frames left out
-        raise ValueError(f'only {packets} of {stream.frames} frames are there')
-    if not stream.frames and last < duration / 2 - 1:
+        count, length = stream.frames, float(stream.frames / (stream.average_rate or 30))
+    if packets < 0.9 * count and last < 0.9 * length:  # in time too, as AVI counts frames left out
+        raise ValueError(f'only {packets} of {count} frames are there')
+    if not count and last < duration / 2 - 1:
         raise ValueError(f'ends after {last:.1f} of {duration:.1f} seconds')
 
 
@@ -177,7 +176,7 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     The settings are those of many that decode fastest for their size at equal PSNR: no B-frames, and by
     `fastdecode` neither CABAC nor deblocking.
     """
-    with VideoReader(source) as video, av.open(target, 'w', format='mp4') as container:
+    with VideoReader(source) as video, av.open(local(target), 'w', format='mp4') as container:
         check_end(video)
         options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
         options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'
@@ -210,7 +209,7 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
     Turned in YUV, as the way to RGB and back can cost three levels of 255.
     """
     is_rgb = frame.format.is_rgb or frame.colorspace == 0  # the latter with a palette
-    if not is_rgb and 'DISPLAYMATRIX' not in frame.side_data:
+    if not is_rgb and not any(turn(frame)):
         return frame
     matrix, levels = (Colorspace.ITU601, ColorRange.MPEG) if is_rgb else (None, frame.color_range)
     yuv = frame.reformat(format='yuv444p', dst_colorspace=matrix, dst_color_range=levels)

@@ -16,14 +16,19 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
+from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+LENIENT = {}
+if int(av.__version__.split('.')[0]) < 19:  # text that is not UTF-8, or new side data, would be an error
+    LENIENT = {'metadata_errors': 'ignore'}
+    SideDataType._missing_ = classmethod(lambda cls, value: cls.VIDEO_HINT)  # any that is not looked at
 
 
 class VideoReader:
-    """Random access to the frames of a file's first video stream (cover art is none), on one thread.
+    """Random access to the frames of a file's best video stream (cover art is none), on one thread.
 
     `get_batch([i, ...])` gives the i-th frames in presentation order, upright, whatever the container, the
     codec or the key frames: the same pixels as decoding everything from the start. All frames have the size
@@ -43,18 +48,18 @@ class VideoReader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._container, self.stream = _open(self.path)
+        self._container, self.stream = open_video(self.path)
         self._reformatter = VideoReformatter()
         try:
             self._index = _index(self._container, self.stream)
         except (LookupError, av.FFmpegError):
             self._index = None
-        self._length = len(self._index.place) if self._index else sum(1 for _ in self.decode())
-        if not self._length:
+        self._pts = [*self._index.number] if self._index else [frame.pts for _, frame in self.decode()]
+        if not self._pts:
             raise ValueError('no frames')
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._pts)
 
     @property
     def group(self) -> float:
@@ -67,6 +72,16 @@ class VideoReader:
     def __exit__(self, *exc_info) -> None:
         self.stream = None  # before the container: in the other order memory piles up slowly
         self._container.close()
+
+    def times(self, indices: Sequence[int]) -> np.ndarray:
+        """When frames `indices` are shown -> float64 (N,), in seconds after the first frame of the video."""
+        steps = np.diff(np.array(self._pts, dtype=float) * float(self.stream.time_base))
+        usual = float(1 / (self.stream.guessed_rate or 30))
+        # AVI has the times of packets, not of pictures: in order they are right. Farther back, time begins
+        # anew; and elementary streams have none (NaN).
+        steps[~(steps > -17 * usual)] = usual
+        times = np.sort(np.append(0, steps.cumsum()))
+        return (times - times[0])[np.asarray(indices)]
 
     def get_batch(self, indices: Sequence[int]) -> np.ndarray:
         """Frames `indices` (any order, repeats allowed) -> uint8 (N, H, W, 3) RGB, in the order asked.
@@ -97,7 +112,7 @@ class VideoReader:
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield (number, frame) for all frames from the start, in presentation order, as PyAV gives them."""
-        container, stream = _open(self.path)  # not every container can seek back to its start
+        container, stream = open_video(self.path)  # not every container can seek back to its start
         try:
             yield from enumerate(container.decode(stream))
         finally:
@@ -108,10 +123,12 @@ class VideoReader:
         """Take `decoded` (number, frame) until none is `missing`; those that were come out as arrays."""
         size = None
         for number, frame in decoded:
-            size = size or (frame.width, frame.height)  # where sizes change, decoding begins at frame 0
+            if not size:  # where sizes change, decoding begins at frame 0
+                size, lying = (frame.width, frame.height), turn(frame)[0]
             if number in missing:
                 missing.remove(number)
-                rgb = self._reformatter.reformat(frame, *size, 'rgb24', threads=1).to_ndarray()
+                wanted = size if turn(frame)[0] == lying else size[::-1]
+                rgb = self._reformatter.reformat(frame, *wanted, 'rgb24', threads=1).to_ndarray()
                 yield number, upright(rgb, frame)
             if not missing:
                 break
@@ -161,23 +178,35 @@ class VideoReader:
         yield from codec.decode(None)
 
 
-def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Pixels (H, W, ...) of a frame, turned and mirrored as its display matrix says (a telephone's, mostly).
+def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """What makes a frame upright: a flip across the diagonal, then one upside down, then one left to right.
 
-    The matrix takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight ways is taken.
+    Its display matrix says so: a telephone's, mostly, but FFmpeg 8.1 makes one of a photo's EXIF, too. It
+    takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight ways is taken.
     """
     matrix = frame.side_data.get('DISPLAYMATRIX')
     if matrix is None:
-        return pixels
+        return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
 
 
-def _open(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Pixels (H, W, ...) of a frame, turned and mirrored as it says."""
+    across, upside_down, left_to_right = turn(frame)
+    pixels = pixels.swapaxes(0, 1) if across else pixels
+    return np.ascontiguousarray(pixels[:: -1 if upside_down else 1, :: -1 if left_to_right else 1])
+
+
+def local(path: str) -> str:
+    """A path as FFmpeg needs it, which takes what is before a colon for a protocol: `clip:1.mp4`."""
+    return os.path.join('.', path)
+
+
+def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """A file, opened with FFmpeg's `options`, and its video stream. Raises what VideoReader raises."""
     try:
-        container = av.open(path, metadata_errors='ignore')
+        container = av.open(local(path), options=options, **LENIENT)
     except av.FFmpegError as error:  # most are an OSError or a ValueError as well
         if isinstance(error, (OSError, ValueError)):
             raise
@@ -185,10 +214,12 @@ def _open(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
     if not streams:
         raise ValueError('no video stream')
-    if streams[0].codec_context is None:
+    best = container.streams.best('video')
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
         raise ValueError('no decoder for its video stream')
-    streams[0].codec_context.thread_count = 1  # a loader's workers are the parallelism
-    return container, streams[0]
+    stream.codec_context.thread_count = 1  # a loader's workers are the parallelism
+    return container, stream
 
 
 # Which files can be read from the middle -----------------------------------------------------------------
@@ -249,7 +280,7 @@ def _index(container: av.container.InputContainer, stream: av.VideoStream) -> In
 # Kinds of packets. Nothing after one that STARTS needs what is before; after one that OPENS, only pictures
 # that are shown before it may. One that is HIDDEN is not shown, but can be referred to.
 HIDDEN, FOLLOWS, OPENS, STARTS = range(4)
-SPLITTERS = {'vp8': 'null', 'mpeg4': 'null', 'vp9': 'vp9_superframe_split', 'av1': 'av1_frame_split'}
+SPLITTERS = {'vp8': 'null', 'vp9': 'vp9_superframe_split', 'av1': 'av1_frame_split'}
 
 
 def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Callable, str | None]:
@@ -259,8 +290,10 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     """
     codec = stream.codec_context
     name, extradata = codec.codec.canonical_name, bytes(codec.extradata or b'')
+    if name == 'mpeg4':
+        return partial(_mpeg4, extradata, _mpeg4_coded(extradata)), None
     if name not in ('h264', 'hevc'):
-        return partial(_kind, name, extradata, BitStreamFilterContext(SPLITTERS[name], stream)), None
+        return partial(_kind, name, BitStreamFilterContext(SPLITTERS[name], stream)), None
     prefix, parameters = 0, extradata  # units come after start codes
     if container.format.name != 'mpegts':  # but in MP4 and Matroska: the length of each is before it
         if extradata[0] != 1:  # as in AVI, which has no presentation times
@@ -277,19 +310,22 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     return partial(look, prefix, parameters), 'NONREF' if layers == 1 else 'DEFAULT'
 
 
-def _kind(name: str, extradata: bytes, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
+def _kind(name: str, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
     if name == 'vp8' and not memoryview(packet)[0] & 16:
         return HIDDEN
-    if name == 'mpeg4':  # B-frames can be packed with others, and tiny pictures stand for none
-        head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
-        head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
-        if head not in extradata or len(picture) < 8 or picture[0] >> 6 == 2 or b'\0\0\1\xb6' in picture:
-            return None
     if name in ('vp9', 'av1'):  # what is in a packet comes apart, pictures that are not shown without a time
         copy = av.Packet(bytes(packet))
         copy.pts = 0
         if sum(picture.pts is not None for picture in splitter.filter(copy)) != 1:
             return None
+    return STARTS if packet.is_keyframe else FOLLOWS
+
+
+def _mpeg4(extradata: bytes, coded: re.Pattern, packet: av.Packet) -> int | None:
+    head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
+    head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
+    if head not in extradata or b'\0\0\1\xb6' in picture or not coded.match(_digits(picture[:16])):
+        return None  # new parameters, two pictures, or one that is not coded, which stands for none
     return STARTS if packet.is_keyframe else FOLLOWS
 
 
@@ -374,8 +410,25 @@ def _hevc_layers(parameters: list[bytes]) -> int:
     return (sets[0][2] >> 1 & 7) + 1 if len(sets) == 1 else 0
 
 
+def _mpeg4_coded(extradata: bytes) -> re.Pattern:
+    """With which digits a picture begins that is coded and no B-frame: its type, seconds, fractions, a 1.
+
+    The header says how many digits the fractions have, after: two fields, version, shape of a pixel, control
+    (of a buffer, too), a rectangle's mark.
+    """
+    header = '.{9}(0|1.{7})(1111.{16}|(?!1111).{4})(0|1...(0|1.{79}))001(.{16})'
+    found = re.match(header, _digits(extradata.partition(b'\0\0\1\x20')[2]))
+    if not found:
+        raise LookupError('mpeg4')
+    return re.compile(f'(0.|11)1*01.{{{max((int(found[5], 2) - 1).bit_length(), 1)}}}11')
+
+
+def _digits(data: bytes) -> str:
+    return ''.join(f'{byte:08b}' for byte in data)
+
+
 def _bits(unit: bytes) -> Iterator[str]:
-    return iter(''.join(f'{byte:08b}' for byte in unit.replace(b'\0\0\3', b'\0\0')))
+    return iter(_digits(unit.replace(b'\0\0\3', b'\0\0')))
 
 
 def _number(bits: Iterator[str]) -> int:

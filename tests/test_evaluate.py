@@ -190,11 +190,12 @@ def test_classify(demo, checkpoint, tmp_path):
 
 
 def test_timeline_says_what_is_seen_when(demo, checkpoint, tmp_path):
-    """Each line is the mean over the crops of one clip."""
-    video = write_video(tmp_path / 'long.mp4', num_frames=300)
+    """Each line is the mean over the crops of one clip, and has its frames' own times."""
+    times = np.cumsum([20 if i < 100 else 300 for i in range(300)])  # half a second a frame later on
+    video = write_video(tmp_path / 'long.mp4', num_frames=300, times=times)
     output = run(['evaluate.py', '--ckpt', 'small.pth', '--timeline', '--clips', '4', video], demo).stdout
     lines = output.split('(video)\n')[1].splitlines()
-    known = data.sample_frames(300, num_clips=4)[:, [0, -1]] / 30
+    known = (times - times[0])[data.sample_frames(300, num_clips=4)[:, [0, -1]]] / 600
     names = sources.read_label_map(str(demo / 'data/demo/video_labels.txt'))
     network = checkpoints.build(torch.load(checkpoint, weights_only=True), 'small.pth')
     views = data.VideoDataset(None, 'test', 56, num_clips=4).load(

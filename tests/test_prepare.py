@@ -157,6 +157,15 @@ def test_encode_keeps_names_and_frames_and_goes_on(folder, capsys):
         )  # the noise loses half of its colour
 
 
+def test_folders_with_a_colon(folder):
+    os.makedirs('in:1')
+    write_video('in.mp4', num_frames=20, size=(96, 128))
+    os.rename('in.mp4', 'in:1/a.mp4')
+    assert prepare.check('in:1') == (1, []) and prepare.encode('in:1', 'out:1', 64) == (1, [])
+    with VideoReader('out:1/a.mp4') as copy:
+        assert len(copy) == 20
+
+
 def test_encode_makes_images_small_and_copies_what_is_small(folder, capsys):
     os.makedirs('in/cat')
     y, x = np.mgrid[0:400, 0:601]

@@ -1,5 +1,6 @@
 """Frames are exact: those that decoding everything from the start gives, whatever the file."""
 
+import io
 import os
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from conftest import ROOT, decode_all, write_video
+from PIL import Image
 
 from video import SPLITTERS, VideoReader, _units
 
@@ -44,7 +46,27 @@ VIDEOS = {
     'h264 without loss': ('a.mp4', dict(num_frames=40, options={'qp': '0', 'g': '10'})),
     'h264 in 10 bits': ('a.mp4', dict(num_frames=20, pix_fmt='yuv420p10le')),
     'h264 in grey': ('a.mp4', dict(num_frames=20, pix_fmt='gray')),
+    'h264 with B-frames in AVI': ('a.avi', dict(num_frames=40, options={'bf': '3'})),
+    'h264 in no container': ('a.h264', dict(num_frames=40, options={'bf': '2'})),
     'mpeg4 with B-frames': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12', 'bf': '2'})),
+    'mpeg2 in no container': ('a.m2v', dict(num_frames=40, codec='mpeg2video', options={'bf': '2'})),
+    'mpeg2 in a program stream': (
+        'a.mpg',
+        dict(num_frames=40, codec='mpeg2video', size=(144, 176), options={'bf': '2'}),
+    ),
+    'wmv': ('a.wmv', dict(num_frames=40, codec='wmv2')),
+    'wmv at a variable rate': (
+        'a.wmv',
+        dict(num_frames=30, codec='wmv2', times=np.cumsum([20 + 900 * (i % 9 == 5) for i in range(30)])),
+    ),
+    'vp8 at a variable rate': (
+        'a.webm',
+        dict(num_frames=30, codec='libvpx', times=np.cumsum([20 + 900 * (i % 9 == 5) for i in range(30)])),
+    ),
+    'mpeg4 with frames left out': ('a.avi', dict(num_frames=40, codec='mpeg4', times=range(0, 2400, 60))),
+    'flash': ('a.flv', dict(num_frames=40, codec='flv1')),
+    'not compressed': ('a.y4m', dict(num_frames=10, codec='wrapped_avframe')),
+    'gif': ('a.gif', dict(num_frames=20, codec='gif', pix_fmt='rgb8', times=range(0, 1200, 60))),
 }
 
 
@@ -88,7 +110,10 @@ FROM_THE_MIDDLE = {  # from the start they need not be decoded, the first time o
         'a.mkv',
         {**SVT, 'options': {'preset': '9', 'svtav1-params': 'keyint=12:film-grain=30'}},
     ),
-    'mpeg4 in AVI': ('a.avi', dict(num_frames=40, codec='mpeg4', options={'g': '12'})),
+    'mpeg4 in AVI': (  # on one thread some pictures have five bytes
+        'a.avi',
+        dict(num_frames=40, codec='mpeg4', options={'g': '12', 'threads': '1'}),
+    ),
     'mpeg4 in MP4': ('a.mp4', dict(num_frames=40, codec='mpeg4', options={'g': '12'})),
 }
 VIDEOS |= FROM_THE_MIDDLE
@@ -138,6 +163,9 @@ def test_frames_equal_decoding_from_the_start(name, tmp_path):
     file, options = VIDEOS[name]
     path = write_video(tmp_path / file, **options)
     check(path, decode_all(path))
+    with VideoReader(path) as video:
+        times = np.array(options.get('times', np.arange(len(video)) * 20)) / 600
+        np.testing.assert_allclose(video.times(range(len(video))), times - times[0], atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +267,31 @@ def test_turned_real_file():
     check(path, np.rot90(decode_all(path), -1, axes=(1, 2)))
 
 
+@pytest.mark.parametrize('orientations', [(6, 5, 8, 7), (1, 2, 3, 4), (8, 1, 6, 3)])
+def test_photos_as_frames_come_upright(orientations, tmp_path):
+    """Motion JPEG of a camera, whose EXIF is side data that older versions of PyAV do not know."""
+    plain = write_video(tmp_path / 'plain.avi', num_frames=4, codec='mjpeg', pix_fmt='yuvj420p')
+
+    def change(number, packet):
+        exif, photo = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientations[number]
+        Image.open(io.BytesIO(bytes(packet))).save(photo, 'JPEG', exif=exif)
+        return with_content(packet, photo.getvalue())
+
+    copy_packets(plain, tmp_path / 'a.avi', change)
+    turns = {1: lambda x: x} | {o: turned for o, (_, turned) in zip((6, 3, 8, 2, 4, 5, 7), TURNS.values())}
+    expected = []
+    with av.open(str(tmp_path / 'a.avi')) as container:
+        for orientation, frame in zip(orientations, container.decode(video=0)):
+            alike = (orientation > 4) == (orientations[0] > 4)  # else it lies where the first one stands
+            frame = frame.reformat(*((64, 48) if alike else (48, 64)), 'rgb24')
+            expected.append(turns[orientation](frame.to_ndarray()[None])[0])
+    if av.library_versions['libavcodec'] >= (62, 28):  # FFmpeg 8.1
+        check(tmp_path / 'a.avi', np.stack(expected))
+    with VideoReader(tmp_path / 'a.avi') as video:
+        assert len(video.get_batch(range(4))) == 4
+
+
 def test_frames_cut_off_by_an_edit_list(tmp_path):
     path = tmp_path / 'a.mp4'
     write_video(path, num_frames=40, options={'g': '30', 'bf': '2'})
@@ -281,6 +334,28 @@ def test_a_cover_is_no_video(tmp_path):
     with av.open(str(path)) as container:
         assert moov < trak < udta and container.streams.video[0].disposition & Disposition.attached_pic
     check(path, decode_all(plain))
+
+
+@pytest.mark.parametrize('best', [0, 1])
+@pytest.mark.parametrize('ending', ['mp4', 'mkv'])
+def test_the_best_of_several_videos(ending, best, tmp_path):
+    """As FFmpeg has it: the one that is marked."""
+    path = tmp_path / f'both.{ending}'
+    paths = [write_video(tmp_path / f'{n}.mp4', 20 + n) for n in range(2)]
+    with av.open(str(path), 'w') as both, av.open(paths[0]) as first, av.open(paths[1]) as second:
+        streams = [both.add_stream_from_template(source.streams.video[0]) for source in (first, second)]
+        streams[0].disposition, streams[1].disposition = 1 - best, best  # 1: the default
+        for source, stream in zip((first, second), streams):
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    both.mux(packet)
+    check(path, decode_all(paths[best]))
+    path.write_bytes(
+        path.read_bytes().replace(b'avc1', b'xyz1').replace(b'V_MPEG4/ISO/AVC', b'V_XXXX4/ISO/AVC')
+    )
+    with pytest.raises(ValueError, match='no decoder'):
+        VideoReader(path)
 
 
 def test_a_song_with_a_cover_is_no_video(tmp_path):
@@ -382,6 +457,8 @@ def test_a_size_that_changes_midway(codec, tmp_path):
         expected = [frame.reformat(64, 64, 'rgb24').to_ndarray() for frame in container.decode(video=0)]
     assert len(expected) == 40
     check(path, np.stack(expected))
+    with VideoReader(path) as video:  # the second part's times begin anew, too
+        np.testing.assert_allclose(video.times([0, 19, 20, 39]), np.array([0, 19, 20, 39]) / 30, atol=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -480,14 +557,15 @@ def test_pictures_that_are_not_shown_and_some_that_are_shown_again(name, tmp_pat
     check(tmp_path / file, expected)
 
 
-def test_mpeg4_pictures_that_stand_for_none(tmp_path):
+@pytest.mark.parametrize('more', [b'', b'\x7f' * 15])
+def test_mpeg4_pictures_that_stand_for_none(more, tmp_path):
     path = write_video(tmp_path / 'a.mp4', 40, 'mpeg4', options={'g': '12'})
 
     def change(number, packet):
         if number % 5 != 3:
             return packet
         bits = f'0101{number % 30:05b}1001111'  # predicted, no second begins, the time, not coded
-        return with_content(packet, b'\0\0\1\xb6' + int(bits, 2).to_bytes(2, 'big'))
+        return with_content(packet, b'\0\0\1\xb6' + int(bits, 2).to_bytes(2, 'big') + more)
 
     copy_packets(path, tmp_path / 'b.mp4', change)
     expected = decode_all(tmp_path / 'b.mp4')
@@ -635,6 +713,30 @@ def test_a_video_without_frame_rate(tmp_path):
     content[rate : rate + 4] = bytes(4)
     path.write_bytes(content)
     check(path, decode_all(path))
+
+
+@pytest.mark.parametrize('name', ['clip:1.mp4', 'http:1.mp4', 'file:1.mp4', 'subfile,a:b.mp4', '50%d?#.mp4'])
+def test_a_file_is_a_file_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / 'a.mp4')
+    os.rename('a.mp4', name)
+    check(name, decode_all(tmp_path / name))
+
+
+@pytest.mark.parametrize('ending', ['mp4', 'mkv'])
+def test_a_title_that_is_not_utf8(ending, tmp_path):
+    path = tmp_path / f'a.{ending}'
+    with av.open(write_video(tmp_path / 'plain.mkv')) as source, av.open(str(path), 'w') as copy:
+        copy.metadata['title'] = 'in Latin-1'
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    content = path.read_bytes()
+    assert b'in Latin-1' in content
+    path.write_bytes(content.replace(b'in Latin-1', b'\xe4\xf6\xfc Latin\xff'))
+    check(path, decode_all(tmp_path / 'plain.mkv'))
 
 
 def test_the_whole_part_of_a_cut_video_is_right(tmp_path):
