@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
@@ -164,7 +164,7 @@ def is_small(source: str, short_side: int, gop: int) -> bool:
 def encode_image(source: str, target: str, short_side: int) -> None:
     """Write a JPEG of quality 90, upright."""
     with data.quietly(), Image.open(source) as image:
-        pixels = data.to_tensor(ImageOps.exif_transpose(image))
+        pixels = data.to_tensor(data.upright(image))
     height, width = data.short_side_to(short_side, *pixels.shape[-2:])
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.resize((width, height), Image.Resampling.BICUBIC).save(target, 'JPEG', quality=90)
@@ -246,7 +246,7 @@ def show(args: argparse.Namespace) -> None:
             titles.append(f'{item.path} (label {item.label}){replaced}, and as it is fed')
             if item.pixels.ndim == 3:
                 with data.quietly(), Image.open(item.path) as image:
-                    rows.append([data.to_tensor(ImageOps.exif_transpose(image)), item.pixels])
+                    rows.append([data.to_tensor(data.upright(image)), item.pixels])
                 continue
             with VideoReader(item.path) as video:  # the same clip, by the same random numbers
                 clip = data.sample_frames(len(video), rng=data.augmentation(dataset, 0, index))
