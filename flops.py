@@ -107,12 +107,9 @@ def main() -> None:
     args = parser.parse_args()
     with torch.device('meta'):
         network = OmniSlowOnly()
-        test_view, clip, image = (
-            torch.empty(1, 3, 8, 256, 256),
-            torch.empty(1, 3, args.clip_len, args.size, args.size),
-            torch.empty(1, 3, args.size, args.size),
-        )
-        plain_head = nn.Linear(2048, 400)
+        sizes = (8, 256, 256), (args.clip_len, args.size, args.size), (args.size, args.size)
+        test_view, clip, image = (torch.empty(1, 3, *size) for size in sizes)
+        plain = parameters(nn.Linear(2048, 400))
 
     if args.plan:
         plan(args, *(sum(macs for macs, _ in count(network, x).values()) for x in (clip, image)))
@@ -123,16 +120,13 @@ def main() -> None:
     backbone = parameters(network) - parameters(network.image_head) - parameters(network.video_head)
     print('Published (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)')
     print(f'  FLOPs       {(convs + norms) / 1e9:.2f}G   = convolutions {convs:,} + BatchNorm {norms:,}')
-    plain = parameters(plain_head)
-    print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}')
-    print()
+    print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}\n')
     print(f'The joint model: {parameters(network) / 1e6:.2f}M parameters = backbone {backbone:,}', end='')
-    print(f' + image head {parameters(network.image_head):,} + video head {parameters(network.video_head):,}')
-    print()
-    for title, x in (
-        (f'clip {args.clip_len}x{args.size}x{args.size}', clip),
-        (f'image {args.size}x{args.size}', image),
-    ):
+    print(
+        f' + image head {parameters(network.image_head):,} + video head {parameters(network.video_head):,}\n'
+    )
+    for kind, x in (('clip', clip), ('image', image)):
+        title = f'{kind} {"x".join(map(str, x.shape[2:]))}'
         print(f'{title:18} {"multiply-accumulates":>22} {"BatchNorm":>14}')
         counted = count(network, x)
         for part, (macs, norms) in [*counted.items(), ('total', tuple(map(sum, zip(*counted.values()))))]:

@@ -324,7 +324,8 @@ def make_demo(
                 name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
                 jobs.append((folder / name, classes[label], source, split, number))
                 print(name, label, file=file)
-    for job, reason in in_parallel(_draw_demo_file, jobs, f'making {root}'):
+    print(f'making a small set in {root}', flush=True)
+    for job, reason in in_parallel(_draw_demo_file, jobs, 'drawing'):
         if reason:
             raise OSError(f'{job[0]} cannot be written ({reason})')
     (root / 'video_labels.txt').write_text('\n'.join(videos) + '\n')
