@@ -187,20 +187,20 @@ class ImageDataset(FileDataset):
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
         with quietly(), Image.open(path) as image:  # its size is known, nothing decoded yet
             if self.mode == 'train':
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-                width, height = image.size[::-1] if turned else image.size
+                if image.format not in ('JPEG', 'MPO'):  # whose metadata may come last, or change the size
+                    image = upright(image)
+                width, height = image.size[::-1] if lies_on_its_side(image) else image.size
                 box = crop_box(height, width, rng)
                 # Of a JPEG far larger than needed, libjpeg decodes a half, a quarter or an eighth.
                 scale = self.size / min(box[2:])
                 image.draft('RGB', [math.ceil(side * scale) for side in image.size])
-                ImageOps.exif_transpose(image, in_place=True)  # which spares a copy
+                image = upright(image)
                 y, x = image.height / height, image.width / width
                 top, left, h, w = box
                 corners = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
-                pixels = to_tensor(image.crop(corners))
-                pixels = resize(pixels, self.size, self.size)
+                pixels = resize(to_tensor(image.crop(corners)), self.size, self.size)
                 return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
-            pixels = to_tensor(ImageOps.exif_transpose(image))
+            pixels = to_tensor(upright(image))
         pixels = resize(pixels, *short_side_to(self.short_side, *pixels.shape[-2:]))
         return center_crop(pixels, self.size).unsqueeze(0)
 
@@ -213,10 +213,33 @@ def quietly():
         yield
 
 
+def lies_on_its_side(image: Image.Image) -> bool:
+    """Whether height and width will change places in `upright`."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # broken metadata raises anything; the picture may be sound
+        return False
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened picture, decoded, turned as its metadata says, in 8 bits. The same again changes nothing.
+
+    Raises ValueError where nothing says which grey is white; a damaged file can raise any Exception.
+    """
+    image.filename = ''  # by its name Pillow would map a bare TIFF with height and width swapped (11 to 13)
+    image.load()
+    with suppress(Exception):  # as above
+        ImageOps.exif_transpose(image, in_place=True)  # which spares a copy
+    if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
+        raise ValueError('32-bit, signed or floating-point grey, whose white is unknown; save it as 16-bit')
+    if image.mode.startswith('I'):  # more than 8 bits of grey, which convert() would cut off at 255
+        bits = image.tag_v2[ExifTags.Base.BitsPerSample][0] if image.format == 'TIFF' else 16
+        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    return image
+
+
 def to_tensor(image: Image.Image) -> Tensor:
-    """A picture of any kind -> uint8 (3, H, W)."""
-    if image.mode.startswith('I'):  # 16 bits of grey, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """An 8-bit picture of any kind -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
 
 

@@ -6,30 +6,37 @@
 
 Published as 54.75G FLOPs and 32.45M parameters are: multiply-accumulates of the convolutions, plus 2 per
 element for every BatchNorm, of one test view of 8x256x256; parameters with a single linear layer 2048 -> 400
-as the head, which is the plain SlowOnly and not the joint model. Counted here by torch's own FLOP counter (2
-per multiply-accumulate).
+as the head, which is the plain SlowOnly and not the joint model. Multiply-accumulates are counted here by
+torch's own FLOP counter, as 2 each.
 """
 
 import argparse
 import math
 import signal
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import number
 from model import OmniSlowOnly
 
 
 def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
     """{part: (multiply-accumulates, BatchNorm operations at 2 per element)} of a forward pass of `x`.
 
-    The parts are the stem, the four stages and the head; network and `x` are on the CPU or the meta device.
+    The parts are the stem, the four stages and the head.
     """
-    norm = torch.ops.aten._native_batch_norm_legit_no_training  # which torch does not count by itself
-    count_norm = {norm: lambda shape, *_, **__: 2 * math.prod(shape)}
-    with FlopCounterMode(display=False, custom_mapping=count_norm) as counter, torch.no_grad():
+    norms = Counter()
+
+    def count_norm(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            norms[module] += 2 * output.numel()
+
+    with register_module_forward_hook(count_norm), FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(x)
     flops = counter.get_flop_counts()
     parts = {part: (0, 0) for part in ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'head')}
@@ -38,10 +45,9 @@ def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
         top = name.split('.')[0]
         part = names.get(top, top)
         if part in parts and not any(module.children()):  # what contains others has their sum
-            ops = flops.get(f'{type(network).__name__}.{name}', {})
-            macs, norms = parts[part]
-            norm_ops = ops.get(norm, 0)
-            parts[part] = macs + (sum(ops.values()) - norm_ops) // 2, norms + norm_ops
+            macs, norm_ops = parts[part]
+            counted = sum(flops.get(f'{type(network).__name__}.{name}', {}).values())
+            parts[part] = macs + counted // 2, norm_ops + norms[module]
     return parts
 
 
@@ -82,17 +88,14 @@ def main() -> None:
         epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--size', type=int, default=224, help='side of the crop (default: %(default)s)')
-    parser.add_argument('--clip-len', type=int, default=8, help='frames of a clip (default: %(default)s)')
-    parser.add_argument(
-        '--plan', action='store_true', help='what the published recipe takes, from these rates:'
-    )
-    for flag, default, unit in (
-        ('--gpus', 8, 'GPUs'),
-        ('--cores', 96, 'CPU cores for decoding'),
-        ('--step-ms', 70.0, 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step`'),
-    ):
-        parser.add_argument(flag, type=type(default), default=default, help=f'{unit} (default: %(default)s)')
+    add, count, above_0 = parser.add_argument, number(int, 1), number(float, 0)
+    add('--size', type=count, default=224, help='side of the crop (default: %(default)s)')
+    add('--clip-len', type=count, default=8, help='frames of a clip (default: %(default)s)')
+    add('--plan', action='store_true', help='what the published recipe takes, from these rates:')
+    add('--gpus', type=count, default=8, help='GPUs (default: %(default)s)')
+    add('--cores', type=count, default=96, help='CPU cores for decoding (default: %(default)s)')
+    step = 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step` (default: %(default)s)'
+    add('--step-ms', type=above_0, default=70, help=step)
     for flag, default, unit in (
         ('--clip-ms', (42, 8.4), 'CPU time from a video to a training clip: `tests/bench.py clip`'),
         ('--image-ms', (1.3, 0.6), 'CPU time from a JPEG to a training image'),
@@ -100,20 +103,13 @@ def main() -> None:
         ('--image-mb', (0.11, 0.03), 'mean size of an image'),
     ):
         text = f'{unit}, as it is and after `prepare.py encode` (default: {default[0]} {default[1]})'
-        parser.add_argument(flag, type=float, nargs=2, default=default, metavar=('IS', 'ENCODED'), help=text)
+        add(flag, type=above_0, nargs=2, default=default, metavar=('IS', 'ENCODED'), help=text)
     args = parser.parse_args()
-    for name, value in vars(args).items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if name != 'plan' and not all(0 < value < math.inf for value in values):
-            parser.error(f'--{name.replace("_", "-")} must be above 0, and finite')
     with torch.device('meta'):
         network = OmniSlowOnly()
-        test_view, clip, image = (
-            torch.empty(1, 3, 8, 256, 256),
-            torch.empty(1, 3, args.clip_len, args.size, args.size),
-            torch.empty(1, 3, args.size, args.size),
-        )
-        plain_head = nn.Linear(2048, 400)
+        sizes = (8, 256, 256), (args.clip_len, args.size, args.size), (args.size, args.size)
+        test_view, clip, image = (torch.empty(1, 3, *size) for size in sizes)
+        plain = parameters(nn.Linear(2048, 400))
 
     if args.plan:
         plan(args, *(sum(macs for macs, _ in count(network, x).values()) for x in (clip, image)))
@@ -124,16 +120,13 @@ def main() -> None:
     backbone = parameters(network) - parameters(network.image_head) - parameters(network.video_head)
     print('Published (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)')
     print(f'  FLOPs       {(convs + norms) / 1e9:.2f}G   = convolutions {convs:,} + BatchNorm {norms:,}')
-    plain = parameters(plain_head)
-    print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}')
-    print()
+    print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}\n')
     print(f'The joint model: {parameters(network) / 1e6:.2f}M parameters = backbone {backbone:,}', end='')
-    print(f' + image head {parameters(network.image_head):,} + video head {parameters(network.video_head):,}')
-    print()
-    for title, x in (
-        (f'clip {args.clip_len}x{args.size}x{args.size}', clip),
-        (f'image {args.size}x{args.size}', image),
-    ):
+    print(
+        f' + image head {parameters(network.image_head):,} + video head {parameters(network.video_head):,}\n'
+    )
+    for kind, x in (('clip', clip), ('image', image)):
+        title = f'{kind} {"x".join(map(str, x.shape[2:]))}'
         print(f'{title:18} {"multiply-accumulates":>22} {"BatchNorm":>14}')
         counted = count(network, x)
         for part, (macs, norms) in [*counted.items(), ('total', tuple(map(sum, zip(*counted.values()))))]:

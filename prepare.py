@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
@@ -163,7 +163,7 @@ def is_small(source: str, short_side: int, gop: int) -> bool:
 def encode_image(source: str, target: str, short_side: int) -> None:
     """Write a JPEG of quality 90, upright."""
     with data.quietly(), Image.open(source) as image:
-        pixels = data.to_tensor(ImageOps.exif_transpose(image))
+        pixels = data.to_tensor(data.upright(image))
     height, width = data.short_side_to(short_side, *pixels.shape[-2:])
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.resize((width, height), Image.Resampling.BICUBIC).save(target, 'JPEG', quality=90)
@@ -245,7 +245,7 @@ def show(args: argparse.Namespace) -> None:
             titles.append(f'{item.path} (label {item.label}){replaced}, and as it is fed')
             if item.pixels.ndim == 3:
                 with data.quietly(), Image.open(item.path) as image:
-                    rows.append([data.to_tensor(ImageOps.exif_transpose(image)), item.pixels])
+                    rows.append([data.to_tensor(data.upright(image)), item.pixels])
                 continue
             with VideoReader(item.path) as video:  # the same clip, by the same random numbers
                 clip = data.sample_frames(len(video), rng=dataset.generator('augmentation', 0, index))
@@ -323,7 +323,8 @@ def make_demo(
                 name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
                 jobs.append((folder / name, classes[label], source, split, number))
                 print(name, label, file=file)
-    for job, reason in in_parallel(_draw_demo_file, jobs, f'making {root}'):
+    print(f'making a small set in {root}', flush=True)
+    for job, reason in in_parallel(_draw_demo_file, jobs, 'drawing'):
         if reason:
             raise OSError(f'{job[0]} cannot be written ({reason})')
     (root / 'video_labels.txt').write_text('\n'.join(videos) + '\n')

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from runtime.parallel import cores
+
 
 class UserError(ValueError):
     """The run cannot start or go on; the message says what is wrong, where, and what to do."""
@@ -217,8 +219,7 @@ def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
 
 def default_workers() -> int:
     """Loader processes for this process: its share of the cores, at most 16 (the reference starts 12)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(16, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    return max(1, min(16, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def ignore_stop_signals(worker_id: int) -> None:

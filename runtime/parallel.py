@@ -6,79 +6,90 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
+from itertools import chain
+from multiprocessing.connection import Connection, wait
 
 import torch
 from tqdm import tqdm
 
 from data import one_line
 
-AT_ONCE = 100_000  # jobs handed in: each costs 3 KB, and all wait for the last
+
+def cores() -> int:
+    """CPU cores that the scheduler and, in a container, its quota grant this process."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with suppress(OSError, ValueError), open('/sys/fs/cgroup/cpu.max') as file:  # not everywhere, or 'max'
+        quota, period = map(int, file.read().split())
+        count = min(count, -(-quota // period))
+    return count
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
     """Yield (job, reason) for each job, in order, done on all cores, with a progress bar.
 
-    `reason` is '' or, in a line, what function(*job) raised. A job that kills its process breaks the pool; it
-    is among the first that are left then, which are tried again alone. Raises OSError on a full disk.
+    `reason` is '' or, in a line, what function(*job) raised or that it killed its process. A process has one
+    job at a time, so that this one is known and no other lost. Raises OSError on a full disk.
     """
-    cores = os.cpu_count() or 1
+    first, reasons, left, idle, busy = 0, {}, iter(range(len(jobs))), [], {}
+    count = min(cores(), 256)  # each process takes three file handles, of 1024 as a rule
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
-        while jobs:
-            left = []
-            now, jobs = jobs[:AT_ONCE], jobs[AT_ONCE:]
-            for job, result in results(function, now, cores):
-                if result is None:
-                    left.append(job)
-                    continue
-                bar.update()
-                yield job, result
-            for job in left[:cores]:
-                [(_, result)] = results(function, [job], 1)
-                died = 'its process died: a crash of the decoder, or no memory'
-                bar.update()
-                yield job, died if result is None else result
-            jobs = left[cores:] + jobs
+        try:
+            while first < len(jobs):
+                while len(busy) < count and (number := next(left, None)) is not None:
+                    connection = idle.pop() if idle else start(function)
+                    try:
+                        connection.send(jobs[number])
+                        busy[connection] = number
+                    except ConnectionError:  # its process has died meanwhile
+                        left = chain([number], left)
+                for connection in wait(busy):
+                    number = busy.pop(connection)
+                    try:
+                        reasons[number], is_full = connection.recv()
+                        idle.append(connection)
+                        if is_full:
+                            raise OSError(f'{reasons[number]}; the files that are finished stay')
+                    except EOFError:
+                        reasons[number] = 'its process died: a crash of the decoder, or no memory'
+                    except ConnectionResetError:  # it died before it had read the job
+                        left = chain([number], left)
+                    bar.update(number in reasons)
+                while first in reasons:
+                    yield jobs[first], reasons.pop(first)
+                    first += 1
+        finally:
+            for process in multiprocessing.active_children():  # whether idle or in the middle of a file
+                process.kill()
+                process.join()
 
 
-def results(function: Callable, jobs: list[tuple], processes: int) -> Iterator[tuple[tuple, str | None]]:
-    """(job, what `attempt` gave) for each job; None for those that were not done when a process died."""
-    context = multiprocessing.get_context('spawn')
-    # Nothing begins before all is handed in: a job handed in while a process dies can be lost for good.
-    all_in = context.Event()
-    pool = ProcessPoolExecutor(processes, context, begin, (all_in,))
+def start(function: Callable) -> Connection:
+    """Start a process that does the jobs that it is sent; gives the connection to it."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context('fork').Process(target=work, args=(function, there), daemon=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
-    futures = [(job, pool.submit(attempt, function, job)) for job in jobs]
-    all_in.set()
+    process.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        for job, future in futures:
-            lost = isinstance(future.exception(), BrokenExecutor)
-            yield job, None if lost else future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():  # at once, whether idle or in the middle of a file
-            process.kill()
+    there.close()
+    return here
 
 
-def begin(all_in) -> None:
-    """Wait for the jobs, and end when the process that started this one does, however that ends."""
+def work(function: Callable, connection: Connection) -> None:
+    """Answer each job that comes by ('' or why it failed, whether the disk is full); ends with its parent."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    all_in.wait()
-
-
-def attempt(function: Callable, job: tuple) -> str:
-    """Do a job; gives '' or why it failed, in a line. Only a full disk, which ends all, is raised."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that makes its demo set has its own answer to it
     torch.set_num_threads(1)
-    try:
-        function(*job)
-    except Exception as error:  # damaged files make decoders raise anything
-        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise OSError(f'{error}; the files that are finished stay') from None
-        return one_line(error)
-    return ''
+    while True:
+        job, answer = connection.recv(), ('', False)
+        try:
+            function(*job)
+        except Exception as error:  # damaged files make decoders raise anything
+            full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+            answer = str(error) if full else one_line(error), full
+        connection.send(answer)

@@ -2,18 +2,21 @@
 
 import contextlib
 import json
+import struct
 from pathlib import Path
 
 import av
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import decode_all, write_video
 
 import data
+import prepare
 from runtime import sources
 
 REFERENCE = Path(__file__).parent / 'reference'
@@ -240,6 +243,108 @@ def test_a_crop_of_a_photo_decoded_smaller_stays_within_it(tmp_path, turn):
     images = data.ImageDataset(None, size=112)
     for number in range(150):
         assert images.load(str(tmp_path / 'a.jpg'), data.generator('test', number)).min() > 250
+
+
+PICTURES = {  # what is written: by which name, of which mode, how
+    'photo.jpg': ('RGB', {'quality': 95}),
+    'photo.png': ('RGB', {}),
+    'photo.webp': ('RGB', {'lossless': True}),
+    'photo.tif': ('RGB', {}),
+    'lzw.tif': ('RGB', {'compression': 'tiff_lzw'}),
+    'grey.tif': ('L', {}),
+    'deep.png': ('I;16', {}),
+    'deep.tif': ('I;16', {}),
+}
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_pictures_are_upright_in_training_validation_and_copies(tmp_path, monkeypatch, name):
+    sizes = []  # that crops are drawn for
+    monkeypatch.setattr(data, 'crop_box', lambda *args: sizes.append(args[:2]) or (0, 0, *args[:2]))
+    mode, options = PICTURES[name]
+    seen = np.array([[(240, 30, 30), (30, 240, 30)], [(30, 30, 240), (200, 200, 200)]], np.uint8)
+    seen = seen.repeat(32, 0).repeat(48, 1)
+    picture = PIL.Image.fromarray(seen)
+    if mode != 'RGB':
+        grey = np.asarray(picture.convert('L'))
+        seen = np.stack([grey] * 3, 2)
+        picture = PIL.Image.fromarray(grey if mode == 'L' else grey * np.uint16(257))
+    pixels, turn = torch.from_numpy(seen).permute(2, 0, 1), PIL.Image.Transpose
+    path, copy = str(tmp_path / name), str(tmp_path / 'copy')
+    lying = (turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90)
+    for orientation, way in enumerate((None, *lying, turn.TRANSVERSE, turn.ROTATE_270), 1):
+        exif = PIL.Image.Exif()
+        exif[PIL.ExifTags.Base.Orientation] = orientation
+        (picture if way is None else picture.transpose(way)).save(path, exif=exif, **options)
+        prepare.encode_image(path, copy, 64)
+        for file in (path, copy):
+            fed = data.ImageDataset(None, size=56, flip=False).load(file, data.generator('test')).float()
+            assert (fed - data.resize(pixels, 56, 56)).abs().mean() < 5, (file, orientation)
+            fed = data.ImageDataset(None, 'val', size=56).load(file, None)[0].float()
+            expected = data.center_crop(data.resize(pixels, 64, 96), 56)
+            assert (fed - expected).abs().mean() < 5, (file, orientation)
+    assert set(sizes) == {(64, 96)}
+
+
+BROKEN = {
+    'nothing': b'',
+    'no header': b'nothing at all',
+    'its end': b'MM',
+    'no directory': b'II*\0\xff\xff\xff\0',
+    'a text': struct.pack('<4sIHHHI4sI', b'II*\0', 8, 1, 0x0112, 2, 2, b'6\0\0\0', 0),
+    'no number': struct.pack('<4sIHHHI4sI', b'II*\0', 8, 1, 0x0112, 3, 0, b'', 0),
+    'two numbers': struct.pack('<4sIHHHIHHI', b'II*\0', 8, 1, 0x0112, 3, 2, 6, 6, 0),
+    'another number': struct.pack('<4sIHHHIHHI', b'II*\0', 8, 1, 0x0112, 3, 1, 9, 0, 0),
+    'a rational without a value': struct.pack('<4sIHHHIII', b'II*\0', 8, 1, 0x0112, 5, 1, 9999, 0),
+}
+
+
+@pytest.mark.parametrize('exif', BROKEN.values(), ids=BROKEN)
+def test_a_sound_picture_with_broken_metadata_is_read(tmp_path, exif):
+    for ending in ('jpg', 'png', 'webp'):
+        path = str(tmp_path / f'a.{ending}')
+        PIL.Image.new('RGB', (96, 64), 'white').save(path, exif=b'Exif\0\0' + exif)
+        prepare.check_file(path)
+        assert data.ImageDataset(None, 'val', size=56).load(path, None).min() > 250
+    text = PIL.PngImagePlugin.PngInfo()
+    text.add_text('Raw profile type exif', '\nexif\n 4\nnot hexadecimal')
+    PIL.Image.new('RGB', (96, 64), 'white').save(tmp_path / 'text.png', pnginfo=text)
+    prepare.check_file(str(tmp_path / 'text.png'))
+
+
+def write_grey(path, values, bits, kind=1, order='<'):
+    """A TIFF of one row of numbers: kind 1 is unsigned, 2 signed, 3 floating-point."""
+    values = np.repeat(values, 8)
+    if bits == 12:
+        content = int(''.join(f'{value:03x}' for value in values), 16).to_bytes(len(values) * 3 // 2, 'big')
+    else:
+        content = values.astype(f'{order}{"uif"[kind - 1]}{bits // 8}').tobytes()
+    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(content)}
+    directory = [struct.pack(f'{order}HHII', tag, 4, 1, value) for tag, value in {**tags, 339: kind}.items()]
+    start = struct.pack(f'{order}2sHI', b'II' if order == '<' else b'MM', 42, 8 + len(content))
+    path.write_bytes(start + content + struct.pack(f'{order}H', 10) + b''.join(directory) + bytes(4))
+
+
+def test_deep_greys_are_scaled_or_refused(tmp_path):
+    """A number of 16 bits or less has a known white; one of 32 bits, with a sign or a point, has not."""
+    images = data.ImageDataset(None, 'val', size=56)
+    whole = np.array([0, 0.2, 0.6, 1])
+    for name, bits, order in (('16.tif', 16, '<'), ('big.tif', 16, '>'), ('12.tif', 12, '<')):
+        write_grey(tmp_path / name, (whole * (2**bits - 1)).astype(int), bits, order=order)
+    (tmp_path / 'a.pgm').write_bytes(b'P5 32 1 1023\n' + (whole.repeat(8) * 1023).astype('>u2').tobytes())
+    PIL.Image.fromarray((whole.repeat(8) * 65535).astype(np.uint16)[None]).save(tmp_path / 'a.png')
+    for name in ('16.tif', 'big.tif', '12.tif', 'a.pgm', 'a.png'):
+        with PIL.Image.open(tmp_path / name) as image:
+            read = data.to_tensor(data.upright(image))[0, 0, ::8].int().numpy()
+        assert np.abs(read - whole * 255).max() <= 1, (name, read)
+
+    for name, bits, kind in (('unsigned', 32, 1), ('signed', 32, 2), ('16 signed', 16, 2), ('float', 32, 3)):
+        write_grey(tmp_path / f'{name}.tif', whole * (1 if kind == 3 else 255), bits, kind)
+    for name in ('unsigned.tif', 'signed.tif', '16 signed.tif', 'float.tif'):
+        with pytest.raises(ValueError, match='grey, whose white is unknown'):
+            images.load(str(tmp_path / name), None)
+        with pytest.raises(ValueError, match='grey, whose white is unknown'):
+            prepare.encode_file(str(tmp_path / name), str(tmp_path / 'copy.jpg'))
 
 
 def test_a_thread_of_an_image_does_not_fill_the_memory(tmp_path):

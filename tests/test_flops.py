@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT, run
 
@@ -42,5 +43,35 @@ def test_plan_of_the_recipe(tmp_path):
     # 61,538,304 clips and 326,922,240 images in core hours; 480,768 steps in hours
     assert '9.6 hours at 72 ms' in output and re.search('942 core hours +225 core hours', output)
     assert re.search('busy +98 cores +24 cores', output) and re.search('16 cores +59 hours +14 hours', output)
-    result = run('flops.py --plan --gpus 0', tmp_path, expect=2)
-    assert '--gpus must be above 0' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--gpus 0', "argument --gpus: '0' is not a whole number of at least 1"),
+        ('--size -1', "argument --size: '-1' is not a whole number of at least 1"),
+        ('--step-ms nan', "argument --step-ms: 'nan' is not a number above 0"),
+        ('--clip-ms 1 inf', "argument --clip-ms: 'inf' is not a number above 0"),
+        ('--image-mb 0 1', "argument --image-mb: '0' is not a number above 0"),
+        ('--video-mb a 1', "argument --video-mb: 'a' is not a number above 0"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, 'argv', ['flops.py', *flags.split()])
+    with pytest.raises(SystemExit):
+        flops.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_any_device_gives_the_same_figures_and_leaves_no_hooks(device):
+    if device == 'cuda' and not torch.cuda.is_available():
+        pytest.skip('no GPU')
+    small = {'layers': (1, 1, 1, 1), 'width': 16, 'image_classes': 8, 'video_classes': 8}
+    counted = []
+    for place in ('meta', device):
+        with torch.device(place):
+            network = OmniSlowOnly(**small)
+            counted.append(flops.count(network, torch.empty(2, 3, 4, 32, 32)))
+            flops.count(network, torch.empty(2, 3, 32, 32))
+    assert counted[0] == counted[1] and counted[0]['stem'][1] == 2 * 2 * 4 * 16 * 16 * 16

@@ -35,8 +35,8 @@ THIRD_SOURCE = {
 +    add('--place-val-root', is_root, default='data/places')
 +    add('--place-labels', 'the same for places')
 
-     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=positive)
-+    add('--places-per-gpu', 'the same for places', type=positive)
+     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
++    add('--places-per-gpu', 'the same for places', type=count)
 """,
 }
 

@@ -1,5 +1,9 @@
 """Data is made ready: what is bad is named, copies keep names and colours, pictures show what was drawn."""
 
+import errno
+import faulthandler
+import io
+import multiprocessing
 import os
 import re
 import resource
@@ -7,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +24,7 @@ from PIL import Image
 
 import data
 import prepare
-from runtime import parallel, sources
+from runtime import distributed, parallel, sources
 from video import VideoReader
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
@@ -38,6 +43,13 @@ def ends_with(code, command):
     with pytest.raises(SystemExit) as exit:
         prepare.main(command if isinstance(command, list) else command.split())
     assert exit.value.code == code
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def turn(path):
@@ -100,18 +112,114 @@ def test_check_takes_class_folders_and_reads_as_training_does(folder, capsys):
 
 
 def kill_or_read(name):
-    if name == 'bad':
-        os.kill(os.getpid(), signal.SIGSEGV)
     if name == 'memory':
         raise MemoryError
+    if name == 'full':
+        raise OSError(errno.ENOSPC, 'No space left on device', name)
+    if name == 'exits':
+        os._exit(0)
+    if name in ('SIGSEGV', 'SIGKILL'):
+        faulthandler.disable()  # pytest's, which writes at length
+        os.kill(os.getpid(), getattr(signal, name))
+    if name == 'later':  # when it has no job
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if name == 'stops':  # when it has no job, and so does not read its next one
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        raise ValueError(os.getpid())
+    if name == 'sleeps':
+        Path('started').touch()
+        time.sleep(1000)
+    if name == 'who':
+        time.sleep(0.1)
+        raise ValueError(os.getpid())
+    if name == 'torch':
+        torch.nn.functional.interpolate(torch.rand(64, 3, 256, 256), (128, 128)) @ torch.rand(128, 128)
 
 
-def test_a_file_that_kills_its_process_is_named(monkeypatch):
-    monkeypatch.setattr(parallel, 'AT_ONCE', 3)
-    jobs = [(name,) for name in ('1', 'bad', '2', 'memory', '3')]
-    results = sorted(prepare.in_parallel(kill_or_read, jobs, 'reading'))
-    killed = 'its process died: a crash of the decoder, or no memory'
-    assert [reason for _, reason in results] == ['', '', '', killed, 'MemoryError']
+KILLED = 'its process died: a crash of the decoder, or no memory'
+
+
+@pytest.mark.parametrize('cores', [1, 3])
+def test_files_that_kill_their_process_are_named_and_cost_no_other(monkeypatch, cores):
+    monkeypatch.setattr(parallel, 'cores', lambda: cores)
+    bad = ['SIGSEGV', 'exits', 'SIGKILL', 'exits']
+    jobs = [(name,) for name in [*bad, *map(str, range(2000)), 'memory', *bad, 'last', 'SIGSEGV']]
+    expected = [KILLED if name in bad else 'MemoryError' if name == 'memory' else '' for (name,) in jobs]
+    assert list(prepare.in_parallel(kill_or_read, jobs, 'reading')) == list(zip(jobs, expected))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('name', ['later', 'stops'])
+def test_a_job_that_was_not_begun_goes_to_another_process(monkeypatch, name):
+    monkeypatch.setattr(parallel, 'cores', lambda: 1)
+    results = prepare.in_parallel(kill_or_read, [(name,), ('1',), ('2',)], 'reading')
+    _, pid = next(results)
+    time.sleep(0.5)
+    if name == 'stops':
+        threading.Timer(0.5, os.kill, (int(pid), signal.SIGKILL)).start()
+    assert [reason for _, reason in results] == ['', '']
+
+
+def test_a_full_disk_ends_all():
+    with pytest.raises(OSError, match='No space left on device.*; the files that are finished stay'):
+        list(prepare.in_parallel(kill_or_read, [('1',), ('full',), ('2',)], 'reading'))
+    assert not multiprocessing.active_children()
+
+
+def in_another_process(code, cwd, **env):
+    """Start Python code in which run('a', 'b') does jobs of these names in parallel."""
+    start = f"""
+import os, sys, torch
+sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}
+import prepare, test_prepare
+def run(*names):
+    return list(prepare.in_parallel(test_prepare.kill_or_read, [(name,) for name in names], 'reading'))
+"""
+    command = [sys.executable, '-c', start + code]
+    return subprocess.Popen(command, cwd=cwd, stdout=-1, text=True, env={**os.environ, **env})
+
+
+def test_processes_end_with_the_one_that_started_them(folder):
+    process = in_another_process('run("sleeps", "sleeps")', folder)
+    wait_for(Path('started').exists)
+    process.kill()
+    process.communicate(timeout=60)  # whose end is when all that write to its output have ended
+
+
+def test_there_are_as_many_processes_as_cores_are_granted():
+    granted = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(granted)})
+    try:
+        results = list(prepare.in_parallel(kill_or_read, [('who',)] * 4, 'reading'))
+    finally:
+        os.sched_setaffinity(0, granted)
+    assert len({pid for _, pid in results}) == 1 and distributed.default_workers() <= len(granted)
+
+
+@pytest.mark.parametrize(
+    ('quota', 'expected'),
+    [('max 100000', 64), ('250000 100000', 3), ('1000 100000', 1), ('9900000 100000', 64), ('', 64)],
+)
+def test_a_container_s_quota_counts(monkeypatch, quota, expected):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64), raising=False)
+    monkeypatch.setattr(parallel, 'open', lambda path: io.StringIO(f'{quota}\n'), raising=False)
+    assert parallel.cores() == expected
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
+    assert parallel.cores() == expected
+
+
+def test_torch_may_have_computed_before(folder):
+    """Its threads are not there in a forked process."""
+    code = """
+torch.set_num_threads(4)
+weight = torch.rand(800, 800, requires_grad=True)
+torch.nn.functional.conv2d((weight @ weight)[None, None], torch.rand(8, 1, 3, 3)).sum().backward()
+torch.nn.functional.interpolate(torch.rand(8, 3, 512, 512), (256, 256))
+print({reason for _, reason in run(*['torch'] * 20)})
+"""
+    process = in_another_process(code, folder, OMP_NUM_THREADS='4')
+    assert process.communicate(timeout=100) == ("{''}\n", None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -374,10 +482,7 @@ def test_ctrl_c_is_one_line(folder):
     write_video('in/a.mp4', num_frames=3000, size=(256, 256), options={'preset': 'ultrafast'})
     command = [sys.executable, ROOT / 'prepare.py', 'encode', 'in', 'out']
     process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
-    for _ in range(600):
-        time.sleep(0.05)
-        if Path('out/a.mp4.part').exists() or Path('out/a.mp4').exists():
-            break
+    wait_for(lambda: Path('out/a.mp4.part').exists() or Path('out/a.mp4').exists())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to its processes too
     assert process.communicate() == ('', 'prepare.py: stopped\n') and process.returncode == 130
     assert 'a.mp4.part' not in os.listdir('out')
@@ -442,15 +547,6 @@ def test_show_without_anything_to_show(folder, capsys):
     assert capsys.readouterr().err.startswith('prepare.py: nothing to show: name --video-list')
 
 
-def test_a_process_that_dies_early_does_not_lose_the_others():
-    """Before all of a long list is handed in."""
-    jobs = [('bad',), *((str(number),) for number in range(20_000))]
-    seen = prepare.in_parallel(kill_or_read, jobs, 'reading')
-    assert next(job for job, reason in seen if reason.startswith('its process died')) == ('bad',)
-    assert next(seen)[1] == ''
-    seen.close()
-
-
 def test_titles_are_whole_and_legible(tmp_path):
     rows, long = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], 'taken for ' * 40 + 'x' * 300
     lines = prepare.ascii_lines(long, 40)
@@ -488,7 +584,9 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
         assert len(files) == count and all(path.stat().st_size > 500 for path in files)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
     prepare.main(['demo', str(folder)])
-    assert 'reusing' in capsys.readouterr().out
+    prepare.make_demo(demo / 'other', 1, 1, 1, 1)
+    said = f'reusing the set in {folder}\nmaking a small set in {demo / "other"}\n'
+    assert capsys.readouterr().out == said
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
