@@ -25,7 +25,7 @@ OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is whole or not there, whenever the process
     dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
-    state, name = to_cpu(state), names[0]
+    name = names[0]
     try:
         for left in folder.glob('*.pth.tmp'):  # of a process that was killed
             if OURS.fullmatch(left.stem):
@@ -37,9 +37,12 @@ def write(state: dict, folder: Path, *names: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, folder / name)
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        with suppress(OSError):  # some network mounts do not sync a folder, Windows does not open it
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
             raise
@@ -49,15 +52,6 @@ def write(state: dict, folder: Path, *names: str) -> None:
             reason += f', {shutil.disk_usage(folder).free >> 20} MB are free there'
         line = f'{folder / name} cannot be written ({reason}); the older checkpoints are intact'
         raise OSError(line) from None
-
-
-def to_cpu(value):
-    """`value` with its tensors on the CPU, as a file should not ask for the GPU that it was written on."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: to_cpu(part) for key, part in value.items()}
-    return [to_cpu(part) for part in value] if isinstance(value, list) else value
 
 
 def ours(folder: Path) -> list[Path]:
