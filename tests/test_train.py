@@ -285,7 +285,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
         ('--demo --resume other.pth', 'other.pth: weight'),
-        ('--demo --init-2d other.pth', 'other.pth: conv1.weight is'),
+        ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
         ('--demo --epochs 0', "'0' is not a whole number"),
         ('--demo --accumulate 0', "'0' is not a whole number"),
