@@ -286,7 +286,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         elif args.init_2d:
             checkpoint.load_2d(network, args.init_2d)
         elif args.init:
-            checkpoint.load_init(network, args.init, {source.name: source.labels for source in sources})
+            labels = {source.name: source.labels for source in sources}
+            checkpoint.load_init(network, checkpoint.load(args.init), args.init, labels)
     network.to(device)
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')

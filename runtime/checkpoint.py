@@ -1,13 +1,18 @@
-"""Weights on disk: written whole or not at all, read as data, the newest good one found, and taken from or
-given to MMAction2 and 2D ResNets. Begin with `write` and `load`.
+"""Weights on disk: written whole or not at all, read as data, the newest good one found, and taken from
+elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load`.
 """
 
+import fcntl
+import hashlib
 import os
 import re
 import shutil
+import socket
+import uuid
+import warnings
 import zipfile
-from collections.abc import Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -26,7 +31,7 @@ OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is whole or not there, whenever the process
     dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
-    state, name = to_cpu(state), names[0]
+    name = names[0]
     try:
         for left in folder.glob('*.pth.tmp'):  # of a process that was killed
             if OURS.fullmatch(left.stem):
@@ -38,9 +43,12 @@ def write(state: dict, folder: Path, *names: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, folder / name)
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        with suppress(OSError):  # some network mounts do not sync a folder, Windows does not open it
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
             raise
@@ -50,15 +58,6 @@ def write(state: dict, folder: Path, *names: str) -> None:
             reason += f', {shutil.disk_usage(folder).free >> 20} MB are free there'
         line = f'{folder / name} cannot be written ({reason}); the older checkpoints are intact'
         raise OSError(line) from None
-
-
-def to_cpu(value):
-    """`value` with its tensors on the CPU, as a file should not ask for the GPU that it was written on."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: to_cpu(part) for key, part in value.items()}
-    return [to_cpu(part) for part in value] if isinstance(value, list) else value
 
 
 def ours(folder: Path) -> list[Path]:
@@ -100,35 +99,88 @@ class Inert:
 
 
 def load(path: str | os.PathLike) -> dict:
-    """Read a checkpoint file as data: no code that its pickle names is imported or run.
+    """Read a checkpoint as data: no code that its pickle names is imported or run.
 
-    Returns our checkpoints as they were saved (see `train`); for an official one {'model': our
-    state_dict}. Raises OSError, or ValueError where the file is no checkpoint.
+    `path` is a file or what `local` fetches. A checkpoint of train.py is returned as it was saved; of another
+    the 'model' has our names. Raises OSError, or ValueError if the file is no checkpoint.
     """
-    damaged = None
-    open(path, 'rb').close()  # an OSError below is a damaged file's
+    path, damaged = local(path), None
+    if os.path.isdir(path):
+        newest_last = sorted(ours(Path(path)), key=lambda file: file.stat().st_mtime)
+        found = f'its newest checkpoint is {newest_last[-1]}' if newest_last else 'no checkpoint is in it'
+        raise ValueError(f'{path}: a folder; {found}')
+    with open(path, 'rb') as file:  # an OSError below is a damaged file's
+        start = file.read(60)
     try:
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except (OSError, ValueError):  # not there, or in torch's old format
             foreign = []
-        with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+        with torch.serialization.safe_globals([(Inert, name) for name in foreign]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch's on formats that it refuses, or reads all the same
             saved = torch.load(path, map_location='cpu', weights_only=True)
         if zipfile.is_zipfile(path):  # torch does not look at the checksums that it has written
             with zipfile.ZipFile(path) as archive:
                 written = any(info.CRC for info in archive.infolist())  # torch can be told to leave them out
                 damaged = archive.testzip() if written else None
     except Exception:  # a damaged file can raise anything
-        raise ValueError(f'{path}: not a checkpoint of train.py or MMAction2, or a damaged one') from None
+        what = ' of train.py or MMAction2, or a damaged one' if start else ': the file is empty'
+        if start and not re.search(rb'[^\s -\xff]', start):  # no control characters
+            what = f', but text that begins {" ".join(start.decode(errors="ignore").split())!r}'
+        raise ValueError(f'{path}: not a checkpoint{what}') from None
     if damaged:
         raise ValueError(f'{path}: a damaged checkpoint (wrong checksum: {damaged})')
-    if isinstance(saved, dict) and isinstance(saved.get('model'), dict):
-        return saved
-    state = saved.get('state_dict', saved) if isinstance(saved, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+    saved = saved if isinstance(saved, dict) else {}
+    for state in (saved.get('model'), saved.get('state_dict'), saved, *saved.values()):
+        if isinstance(state, dict) and any(isinstance(value, Tensor) for value in state.values()):
+            break
+    else:
         raise ValueError(f'{path}: no weights found in it; expected a checkpoint of train.py or of MMAction2')
-    state = {key.removeprefix('module.'): value for key, value in state.items() if isinstance(value, Tensor)}
-    return {'model': from_mmaction2(state) if any(key.startswith('cls_head.') for key in state) else state}
+    rest = saved if state is saved.get('model') else {}
+    if 'settings' not in rest:  # else train.py's own, perhaps of a network that has other names
+        state = from_mmaction2({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
+    return rest | {'model': state}
+
+
+def local(path: str | os.PathLike) -> str | os.PathLike:
+    """The file that `path` stands for. An http(s) address, or a name of torchvision's weights such as
+    ResNet50_Weights.IMAGENET1K_V1, is fetched once into torch's hub folder. Raises OSError or ValueError."""
+    url = str(path)
+    if re.fullmatch(r'\w+Weights\.[A-Z0-9_]+', url) and not os.path.exists(path):
+        from torchvision.models import get_weight  # takes seconds to import
+
+        try:
+            url = get_weight(url).url
+        except (KeyError, ValueError):
+            raise ValueError(f'{path}: no such file, and torchvision has no weights of this name') from None
+    if not url.lower().startswith(('http://', 'https://')):
+        return path
+    name = re.split(r'[?#]', url)[0].rpartition('/')[2]
+    digits = re.search(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.', name)  # of its SHA-256; a date is none
+    if not digits:  # other addresses may end in the same name
+        name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}'
+    target = Path(torch.hub.get_dir(), 'checkpoints', name)
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside, folder = Path(f'{target}.{uuid.uuid4().hex}.tmp'), os.open(target.parent, os.O_RDONLY)
+    timeout = socket.getdefaulttimeout()
+    try:
+        with suppress(OSError):  # without locks each process fetches for itself
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if not target.exists():
+            socket.setdefaulttimeout(30)  # torch would wait forever
+            torch.hub.download_url_to_file(url, str(beside), digits and digits[1])
+            load(beside)  # torch does not notice when a transfer breaks off
+            os.replace(beside, target)
+    except (OSError, ValueError, RuntimeError, HTTPException) as error:
+        reason = str(error).replace(f'{beside}:', 'what came:')
+        raise OSError(f'{url}: cannot be fetched ({reason}); you can put a copy at {target}') from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+        beside.unlink(missing_ok=True)
+        os.close(folder)
+    return target
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -139,11 +191,8 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def load_run(path: str | os.PathLike) -> dict:
     """A checkpoint to go on from."""
     saved = load(path)
-    if 'step' not in saved:
-        raise ValueError(
-            f'{path}: no training run to go on with, but weights alone or a run of an older version; --init '
-            'starts a new run from it'
-        )
+    if not {'optimizer', 'settings', 'step'} <= saved.keys():  # an older version had no step
+        raise ValueError(f'{path}: weights, but no run to go on with; --init starts from them')
     return saved
 
 
@@ -156,8 +205,8 @@ def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | N
     ValueError.
     """
     saved, path = newest(folder)
-    same = saved and resume and (saved['settings']['resume'] == resume or os.path.samefile(path, resume))
-    if resume == 'auto' or same:
+    own = saved and resume in (path, saved['settings']['resume'])
+    if resume and (resume == 'auto' or own):
         show(f'resuming from {path}' if saved else f'nothing to resume in {folder}: starting afresh')
         return saved, path
     if saved and not (demo and not resume and saved['settings'].get('demo')):
@@ -197,95 +246,105 @@ def build(saved: dict, path: str) -> OmniSlowOnly:
     """The network of a checkpoint, its size read off the weights, in eval mode."""
     try:
         network = OmniSlowOnly.from_state_dict(saved['model'])
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+    except (ValueError, TypeError):
+        first = next(iter(saved['model']))
+        raise ValueError(f'{path}: weights of another network than SlowOnly, the first is {first}') from None
     load_into(network, saved['model'], path)
     return network.eval()
 
 
 def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    """`load_state_dict`, with one line for weights of another network: ValueError names the first."""
-    own = network.state_dict()
-    for key in [*own, *state]:
-        if key not in state:
-            raise ValueError(f'{path}: no weight {key}; it is a checkpoint of another network')
-        if key not in own:
-            raise ValueError(f'{path}: weight {key} has no place in this network')
-        if own[key].shape != state[key].shape:
-            theirs, ours = tuple(state[key].shape), tuple(own[key].shape)
-            raise ValueError(f'{path}: weight {key} is {theirs}, this network has {ours}')
-    network.load_state_dict(state)
+    """Load all weights, as of the same network. ValueError names the first that does not fit."""
+    network.load_state_dict(matching(network, state, path))
 
 
-def load_all_but_other_heads(
-    network: nn.Module, state: dict[str, Tensor], path: str, other: Sequence[str] = ()
-) -> list[str]:
-    """Load weights of a network that may have other classes: a head that differs keeps its own weights.
+def load_init(network: nn.Module, saved: dict, path: str, labels: dict[str, list[str] | None]) -> list[str]:
+    """Start from the checkpoint `saved`, read from `path`, of a network that may have other classes.
 
-    Heads differ where their shapes do; `other` names more of them by their source. Returns the sources whose
-    head kept its own. Raises ValueError, as `load_into` does, where the backbones differ.
+    A head whose classes differ, in number, name or order, stays new; `labels` has the class names of each
+    source, if they are known. Returns the sources of such heads.
     """
-    own, kept = network.state_dict(), []
-    for source in dict.fromkeys(key.split('_head.')[0] for key in [*own, *state] if '_head.' in key):
-        ours, theirs = (
-            {key: value for key, value in weights.items() if key.startswith(f'{source}_head.')}
-            for weights in (own, state)
+    new = []
+    for source in heads(network):
+        own, given = (
+            {key: value.shape for key, value in state.items() if key.startswith(f'{source}_head.')}
+            for state in (network.state_dict(), saved['model'])
         )
-        same = {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-        if not same or source in other:
-            state = {key: value for key, value in state.items() if key not in theirs} | ours
-            kept += [source] if ours else []
-    load_into(network, state, path)
-    return kept
-
-
-def load_init(network: nn.Module, path: str, labels: dict[str, list[str] | None]) -> None:
-    """Start from a checkpoint of this network. A head whose classes differ, in number, name or order, is
-    new."""
-    given = load(path)
-    known = {source: given.get(f'{source}_labels') for source in labels}
-    other = [source for source, own in labels.items() if own and known[source] not in (None, own)]
-    fresh = load_all_but_other_heads(network, given['model'], path, other)
-    heads = f', with a new head for {" and ".join(f"{name}s" for name in fresh)}' if fresh else ''
-    show(f'starting from {path}{heads}')
+        names = [labels.get(source), saved.get(f'{source}_labels')]
+        if own != given or all(names) and names[0] != names[1]:
+            new.append(source)
+    network.load_state_dict(matching(network, saved['model'], path, new), strict=False)
+    with_new = f', with a new head for {" and ".join(f"{source}s" for source in new)}' if new else ''
+    show(f'starting from {path}{with_new}')
+    return new
 
 
 def load_2d(network: nn.Module, path: str) -> None:
     """Start from a 2D ResNet's weights, or from those of an image-only run; heads stay as they are."""
+    state = load(path)['model']
+    network.load_state_dict(matching(network, state, path, heads(network), inflate=True), strict=False)
     show(f'starting from {path}: its backbone; the heads are new')
-    try:
-        network.load_state_dict(inflate_2d(load_weights(path), network), strict=False)
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}' if path not in str(error) else str(error)) from None
 
 
 def inflate_2d(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Backbone weights for `network` from a 2D ResNet with torchvision's key names (`backbone.` before them
-    or not).
+    """Backbone weights for `network` from a 2D ResNet with torchvision's key names, whatever stands before
+    them. Raises ValueError naming the first weight that is missing or of another shape."""
+    return matching(network, from_mmaction2(state), 'the 2D network', heads(network), inflate=True)
 
-    A 1x1 kernel where the network has a temporal one is divided evenly over the three frames, as in I3D
-    (https://arxiv.org/abs/1705.07750). Of one of our checkpoints the temporal kernels are taken as they are;
-    of one that was trained on images only, the image statistics for both sources. Classifiers are left out.
-    Raises ValueError naming the first weight that is missing or of another shape.
+
+def heads(network: nn.Module) -> list[str]:
+    """The sources that a network has a head for."""
+    return list(dict.fromkeys(key.split('_head.')[0] for key in network.state_dict() if '_head.' in key))
+
+
+def matching(network: nn.Module, state: dict, path: str, fresh: list | None = None, inflate=False) -> dict:
+    """What `network` takes of `state`; ValueError names the first weight at fault.
+
+    Without `fresh` both must have the same weights. With it a new run starts: the heads of these sources keep
+    their weights, whatever `state` has beside the backbone is left out, and if it has learned from images
+    only, videos take their running statistics. With `inflate` a 1x1 kernel is divided evenly over the three
+    frames where the network has a temporal one, as in I3D (https://arxiv.org/abs/1705.07750).
     """
-    ours = any('image_running_' in key for key in state)
-    images_only = ours and not any(key.startswith('video_head.') for key in state)
-    inflated = {}
-    for key, own in network.state_dict().items():
-        if '_head.' in key or key.endswith('num_batches_tracked'):  # which no momentum here asks for
-            continue
-        source = key if ours else key.replace('image_running_', 'running_')
-        if images_only:
-            source = source.replace('.running_', '.image_running_')
-        value = state.get(source, state.get(f'backbone.{source}'))
+    starts, is_2d, taken, faults = fresh is not None, False, {}, []
+    images_only = starts and not any(key.startswith('video_head.') for key in state)
+    own = {k: v for k, v in network.state_dict().items() if k.split('_head.')[0] not in (fresh or ())}
+    for key, mine in own.items():
+        of_images = key.replace('.running_', '.image_running_')
+        value = state.get(of_images if images_only and of_images in state else key)
         if value is None:
-            raise ValueError(f'no weight {source}')
-        if is_temporal(own) and tuple(value.shape[2:]) == (1, 1):
-            value = (value / own.shape[2]).expand(-1, -1, own.shape[2], -1)
-        if value.shape != own.shape:
-            raise ValueError(f'{source} is {tuple(value.shape)}, the network here has {tuple(own.shape)}')
-        inflated[key] = value
-    return inflated
+            if not (starts and key.endswith('num_batches_tracked')):  # which no momentum here asks for
+                faults.append(f'no weight {key}')
+            continue
+        if is_temporal(mine) and value.shape[2:] == (1, 1):
+            is_2d = True
+            if inflate:
+                value = (value / 3).expand(-1, -1, 3, -1)
+        if value.shape != mine.shape:
+            faults.append(f'weight {key} is {tuple(value.shape)}, this network has {tuple(mine.shape)}')
+        taken[key] = value
+    parts = {key.split('.')[0] for key in own}
+    for key in state:
+        if key not in own and (not starts or key.split('.')[0] in parts):
+            faults.append(f'weight {key} has no place in this network')
+    if faults:
+        hint, size = '', architecture(state)
+        if is_2d and not inflate:
+            hint = '; it is a 2D ResNet, which train.py --init-2d takes'
+        elif not starts and 'cls_head.fc_cls.weight' in state:
+            hint = '; its head is another one, a single linear layer; train.py --init takes the backbone'
+        if size and size != architecture(own) != {}:
+            hint += f'; it needs --width {size["width"]} --layers {" ".join(map(str, size["layers"]))}'
+        raise ValueError(f'{path}: {faults[0]}{hint or "; it is of another network"}')
+    return taken
+
+
+def architecture(state: dict[str, Tensor]) -> dict:
+    """{'layers': [3, 4, 6, 3], 'width': 64} as read off the weights; {} if they are of another network."""
+    stages = [{key.split('.')[1] for key in state if key.startswith(f'layer{i}.')} for i in range(1, 5)]
+    stem, last = state.get('conv1.weight'), state.get('layer1.0.conv3.weight')
+    if not all(stages) or stem is None or last is None or last.shape[:2] != (4 * len(stem), len(stem)):
+        return {}
+    return {'layers': [len(blocks) for blocks in stages], 'width': len(stem)}
 
 
 def images_share_statistics(state: dict[str, Tensor]) -> bool:
@@ -304,21 +363,33 @@ HEAD_NAMES = {
     'cls_head.fc3d.3.': 'video_head.1.',
     'cls_head.fc3d.6.': 'video_head.4.',
 }
+# What DDP, torch.compile, FSDP and activation checkpointing put into names, wherever they wrap
+WRAPPERS = r'\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
 
 
 def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official checkpoint's state_dict -> ours. It has no image statistics: the videos' take their
-    place."""
+    """The state_dict of a checkpoint from elsewhere -> ours: an official one, a plain SlowOnly, a 2D ResNet,
+    or ours with other names before it, such as `module.` or `model.`
+
+    Where it has no image statistics, the videos' take their place.
+    """
+    state = {re.sub(WRAPPERS, '', key): value for key, value in state_dict.items()}
+    stems = (re.fullmatch(r'((?:(?!layer\d)\w+\.)*)conv1\.(conv\.)?weight', key) for key in state)
+    before = next((stem[1].split('.')[:-1] for stem in stems if stem), [])  # ['model', 'backbone'], say
     ours = {}
-    for key, value in state_dict.items():
-        for theirs, mine in {'backbone.': '', **HEAD_NAMES}.items():
+    for key, value in state.items():
+        for part in (*before, 'backbone'):
+            key = key.removeprefix(f'{part}.')
+        key = re.sub(r'\bconv(\d)\.(conv|bn)\.', r'\2\1.', key)  # as MMAction2's other networks have them
+        key = key.replace('downsample.conv.', 'downsample.0.').replace('downsample.bn.', 'downsample.1.')
+        for theirs, mine in HEAD_NAMES.items():
             if key.startswith(theirs):
                 key = mine + key.removeprefix(theirs)
         if value.ndim == 5:  # (O, I, 1, kH, kW) -> (O, I, kH, kW) and (O, I, 3, 1, 1) -> (O, I, 3, 1)
             value = value.squeeze(2 if value.shape[2] == 1 else 4)
         ours[key] = value
-        if not key.startswith(tuple(HEAD_NAMES.values())) and 'running_' in key:
-            ours[key.replace('running_', 'image_running_')] = value.clone()
+    for key in [key for key in ours if '.running_' in key and '_head.' not in key]:
+        ours.setdefault(key.replace('.running_', '.image_running_'), ours[key].clone())
     return ours
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from runtime import checkpoint
 from runtime.distributed import processes
 
 OPTIONS = (
@@ -278,23 +277,6 @@ def test_another_number_of_processes_goes_on_with_what_is_left(demo, dies):
     ]
 
 
-def test_damaged_checkpoints_are_named_and_skipped(undisturbed, demo, tmp_path, capsys):
-    undisturbed(1)
-    whole = (demo / 'undisturbed1/latest.pth').read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1  # torch.load does not notice
-    (tmp_path / 'latest.pth').write_bytes(flipped)
-    (tmp_path / 'epoch_10.pth').write_bytes(whole[: len(whole) // 2])
-    (tmp_path / 'epoch_9.pth').write_bytes(whole)
-    assert checkpoint.newest(tmp_path)[1] == f'{tmp_path}/epoch_9.pth'
-    shown = capsys.readouterr().out.splitlines()
-    assert f'skipping {tmp_path}/latest.pth: a damaged checkpoint (wrong checksum' in shown[0]
-    assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint of train.py or MMAction2, or a' in shown[1]
-    (tmp_path / 'epoch_9.pth').unlink()
-    with pytest.raises(ValueError, match='no checkpoint in it is whole'):
-        checkpoint.newest(tmp_path)
-
-
 def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
     undisturbed(1)
     (demo / 'full').mkdir()
@@ -397,35 +379,11 @@ def test_the_demo_starts_anew_over_a_demo_only(undisturbed, demo):
     torch.save(saved, demo / 'again/latest.pth')
     result = run(f'train.py {OPTIONS} --work-dir again', demo, expect=1)
     assert result.stderr.strip() == (
-        'train.py: again holds a run: --resume goes on with it, --work-dir takes another folder'
+        'train.py: again holds a run: --resume alone goes on with it, --work-dir takes another folder'
     )
     assert (demo / 'again/epoch_1.pth').exists()
     result = run(f'train.py {OPTIONS} --work-dir again --resume undisturbed1/latest.pth', demo, expect=1)
     assert 'again holds a run: --resume alone goes on with it' in result.stderr
-
-
-def test_what_a_killed_process_left_is_never_written_to(tmp_path):
-    """It may be the same file as a checkpoint, and other files are the user's."""
-    checkpoint.write({'model': {'weight': torch.ones(3)}}, tmp_path, 'epoch_1.pth')
-    os.link(tmp_path / 'epoch_1.pth', tmp_path / 'latest.pth.tmp')
-    for left in ('epoch_3.pth.tmp', 'my.pth.tmp'):
-        (tmp_path / left).touch()
-    checkpoint.write({'model': {'weight': torch.zeros(3)}}, tmp_path, 'best.pth', 'latest.pth')
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'best.pth',
-        'epoch_1.pth',
-        'latest.pth',
-        'my.pth.tmp',
-    }
-    assert torch.equal(checkpoint.load(tmp_path / 'epoch_1.pth')['model']['weight'], torch.ones(3))
-
-
-def test_what_cannot_be_removed_is_a_failed_save(tmp_path):
-    (tmp_path / 'latest.pth.tmp').mkdir()
-    with pytest.raises(
-        OSError, match=r'epoch_1.pth cannot be written \(.*; the older checkpoints are intact'
-    ):
-        checkpoint.write({'model': {}}, tmp_path, 'epoch_1.pth', 'latest.pth')
 
 
 def test_other_settings_take_effect_on_resume(undisturbed, demo):

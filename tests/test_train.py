@@ -285,19 +285,19 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
         ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
-        ('--demo --resume other.pth', 'other.pth: weight'),
-        ('--demo --init-2d other.pth', 'other.pth: conv1.weight is'),
+        ('--demo --resume other.pth', 'other.pth: weights, but no run to go on with; --init'),
+        ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
         ('--demo --epochs 0', "'0' is not a whole number"),
         ('--demo --accumulate 0', "'0' is not a whole number"),
-        ('--demo --lr -1', '-1 is not above 0'),
-        ('--demo --lr nan', 'nan is not above 0'),
-        ('--demo --seed -1', '--seed must not be negative'),
+        ('--demo --lr -1', "'-1' is not a number above 0"),
+        ('--demo --lr nan', "'nan' is not a number above 0"),
+        ('--demo --seed -1', "'-1' is not a whole number of at least 0"),
         ('--demo --videos-per-gpu 1', '--videos-per-gpu: a batch of 1 cannot be normalized'),
         ('--demo --size 100', 'multiple of 7'),
         ('--demo --video-only --image-only', '--image-only leaves no videos'),
         ('--demo --epochs 3 --warmup-epochs 4', '--warmup-epochs 4 is more than --epochs 3'),
-        ('--demo --momentum 5 --lr 1', '--momentum must be below 1'),
+        ('--demo --momentum 5 --lr 1', "'5' is not a number above 0, below 1"),
         ('--demo --lr 1 --work-dir=', '--work-dir names a folder'),
         (
             '--lr 1 --video-list data --video-root data',
@@ -315,7 +315,7 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    usage = any(flag in arguments for flag in ('epochs', 'accumulate', 'lr', 'seed', '--size', 'only'))
+    usage = any(flag in arguments for flag in ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only'))
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
 
@@ -363,7 +363,7 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
         f'--{k}-list data/demo/{v}_train.txt --{k}-root data/demo/{v}s_train'
         for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
     )
-    assert 'taken holds a run: --resume' in fails(train.main, f'{lists} --work-dir taken')
+    assert 'taken: no checkpoint in it is whole' in fails(train.main, f'{lists} --work-dir taken')
 
 
 def test_the_readme_s_recipes_do_what_they_say():
