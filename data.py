@@ -28,9 +28,14 @@ from torch.utils.data import Dataset, default_collate
 
 from video import VideoReader
 
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.gif', '.webp', '.bmp', '.tif', '.tiff')
+Image.init()
+UNREAD = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF'  # formats that Pillow names only
+IMAGE_ENDINGS = '.jpg', '.png', *(ending for ending, kind in Image.EXTENSION.items() if kind not in UNREAD)
 VIDEO_ENDINGS = tuple(
-    '.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .wmv .asf .ts .mts .m2ts .vob .ogv .3gp .3g2 .mxf'.split()
+    '.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .wmv .asf .ts .mts .m2ts .vob .ogv .3gp .3g2 .mxf '
+    '.gif .y4m .f4v .mp4v .m1v .m2v .mp2v .mpe .mpv .m2p .m2t .trp .tp .tod .mod .vro .3gpp .3gp2 .qt .movie '
+    '.mj2 .mjpg .mjpeg .divx .xvid .dv .rm .rmvb .ogm .ogg .h261 .h263 .h264 .264 .avc .h265 .265 .hevc .ivf '
+    '.obu .vc1 .nut .wtv .dvr-ms .amv .nsv .gxf .k3g .insv .lrv'.split()
 )
 ENDINGS = VIDEO_ENDINGS + IMAGE_ENDINGS
 

@@ -185,10 +185,7 @@ def introduce(
     show(f'{world_size()} x {computing} each, seed {args.seed}')
     for source in sources:
         seen = sampler.steps_per_epoch * sampler.per_step[source.name]
-        show(
-            f'training on {len(source.train)} {source.name}s in {source.classes} classes; an epoch sees '
-            f'{seen}, {seen / len(source.train):.3g} times the set'
-        )
+        show(f'an epoch sees {seen} {source.name}s, {seen / len(source.train):.3g} times the set')
         if source.val is None and not args.no_validate:
             flag = 'val' if source.name == 'video' else f'{source.name}-val'
             show(f'{source.name}s are not validated: no --{flag}-list')

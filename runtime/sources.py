@@ -3,9 +3,14 @@ with a checkpoint's. Begin with `open_sources`; the format of a list is with `re
 """
 
 import argparse
+import codecs
+import io
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +35,7 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
     if per_gpu == 1:
         raise ValueError(f'--{name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics')
     list_file, label_map = getattr(args, f'{name}_list'), getattr(args, f'{name}_labels')
+    root, videos = getattr(args, f'{name}_root'), name == 'video'
     labels = None
     if label_map:
         if not os.path.exists(label_map):
@@ -37,12 +43,16 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
         labels = read_label_map(label_map)
     elif os.path.isdir(list_file):
         labels = class_names(list_file)
-    root, videos = getattr(args, f'{name}_root'), name == 'video'
     samples = open_list(list_file, root, name, labels, len(labels) if labels else None, videos)
     classes = len(labels) if labels else int(samples.labels.max()) + 1
     check_classes(samples, name, list_file, labels, classes)
     held_out = None
     if (val_list := getattr(args, f'{val}_list')) and not args.no_validate:
+        if not labels and os.path.isdir(val_list):
+            raise ValueError(
+                f'{val_list}: class folders cannot be matched with the numbers in {list_file}; '
+                f'--{name}-labels takes a file with their names'
+            )
         held_out = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
     if name == 'video':
         clip = {'size': args.size, 'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
@@ -84,18 +94,23 @@ def check_there(samples: data.FileList, list_file: str, flag: str) -> None:
 def check_classes(
     samples: data.FileList, name: str, list_file: str, labels: list[str] | None, classes: int
 ) -> None:
-    """Say what is odd about a training list; ValueError where nothing can be learned from it."""
+    """Say what a training list has of which class, and what is odd about it; ValueError where nothing can be
+    learned from it."""
     counts = np.bincount(samples.labels, minlength=classes)
-    empty = np.flatnonzero(counts == 0)
-    if classes - len(empty) < 2:
+    if np.count_nonzero(counts) < 2:
         raise ValueError(f'{list_file}: all {len(samples)} {name}s are of one class, which teaches nothing')
-    if len(empty):
-        first = labels[empty[0]] if labels else f'class {empty[0]}'
-        show(
-            f'{list_file}: no {name} of {len(empty)} of the {classes} classes, such as {first}'
-            + ('; labels are expected to count from 0' if empty[0] == 0 and not labels else '')
-        )
-    endings = tuple(ending.encode() for ending in data.IMAGE_ENDINGS)
+    texts = [f'{labels[i] if labels else f"class {i}"} ({count})' for i, count in enumerate(counts)]
+    text = f'{len(samples)} {name}s of {classes} classes: {", ".join(texts[:10])}'
+    if classes > 10:
+        text += f' and {classes - 10} more'
+    if counts.min() < counts.max():
+        text += f'; from {texts[counts.argmin()]} to {texts[counts.argmax()]}'
+    if empty := np.count_nonzero(counts == 0):
+        text += f'; classes without {name}s: {empty}'
+    if not counts[0] and not labels:
+        text += '; labels are expected to count from 0'
+    show(f'{list_file}: {text}')
+    endings = tuple(e.encode() for e in data.IMAGE_ENDINGS if e not in data.VIDEO_ENDINGS)
     pictures = sum(path.lower().endswith(endings) for path in samples.paths) if name == 'video' else 0
     if pictures:
         show(f'{list_file}: {pictures} of the {len(samples)} videos are images, each a video of one frame')
@@ -134,6 +149,36 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
 # Lists, class folders and label maps ----------------------------------------------------------------------
 
 
+HEADER = re.compile(
+    r'([\W_]|categor(y|ies)|class|e?s|file|frame|idx?|image|index|label|name|num|path|target|video)+', re.I
+)
+NOT_DATA = {  # folders that systems make among a user's, beside the hidden ones
+    '@eadir', '@recycle', '@recently-snapshot', '@tmp', '#recycle', '#snapshot', '$recycle.bin',
+    'system volume information', '__macosx', '__pycache__', 'lost+found',
+}  # fmt: skip
+nfc = partial(unicodedata.normalize, 'NFC')  # a Mac's file system spells an ä with two characters
+
+
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of a text file that are not blank; bytes that are not UTF-8 are kept.
+
+    UTF-16, which PowerShell writes, is known by its mark. ValueError for a line that is not text.
+    """
+    with open(path, 'rb') as file:
+        wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = ('utf-16', 'replace') if wide else ('utf-8-sig', 'surrogateescape')
+        for number, line in enumerate(io.TextIOWrapper(file, *encoding), 1):
+            if '\0' in line:
+                raise ValueError(f'{path}:{number}: not text in UTF-8; save the file as that')
+            if line.strip():
+                yield number, line.strip()
+
+
+def unquote(text: str) -> str:
+    """A field of a CSV file without its quotes; any other text as it is."""
+    return text[1:-1].replace('""', '"') if len(text) > 2 and text[0] == text[-1] == '"' else text
+
+
 def read_list(
     list_file: str,
     root: str = '',
@@ -141,108 +186,171 @@ def read_list(
     videos: bool = False,
     names: list[str] | None = None,
 ) -> data.FileList:
-    """Read `path label` lines; paths are below `root` and may contain spaces, blank lines are skipped.
+    """Read lines of `path label`, separated by spaces, tabs, commas or semicolons. Paths are below `root` and
+    may contain spaces; blank lines and a header are skipped.
 
-    With `videos`, the form `video_id num_frames label` of the Kinetics lists (spaces or commas) is understood
-    too, and a name without a video's ending gets `.mp4`. Raises ValueError with file and line for a line
-    without a label, or with one that is negative, not below `num_classes` or, where that is not known, far
-    beyond the number of samples.
+    With `videos`, the form `path num_frames label` is understood too, and the Kinetics lists' ids, which have
+    no ending, get `.mp4`. Raises ValueError with file and line for a line without a label, with several, or
+    with one that is negative, not below `num_classes` or, if that is not known, far beyond the sample count.
 
-    A folder of class folders does instead of a list, see `class_files`; `root` then plays no part.
+    A folder of class folders does instead of a list, see `read_folder`; `root` then plays no part.
     """
     if os.path.isdir(list_file):
-        names = names or class_names(list_file)
-        if num_classes not in (None, len(names)):
+        return read_folder(list_file, num_classes, videos, names)
+    paths, labels, lines, frames, odd = [], [], [], {}, {}
+    several = 'several labels; expected "path label"'
+    several += ', or "path num_frames label" in every line' * videos
+    for number, text in read_lines(list_file):
+        match = re.fullmatch(r'(.+?)[\s,;]+("?)(-?\d+)\2', text)
+        if not match and not paths and HEADER.fullmatch(text):
+            continue
+        if not match:
             raise ValueError(
-                f'{list_file}: {len(names)} class folders; which of the {num_classes} classes they are '
-                'only a list can say'
+                f'{list_file}:{number}: no label at the end of {text[:100]!r}; a line is a path and '
+                'a whole number, as in "jump/1.mp4 0"'
             )
-        files = class_files(list_file, names, data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS)
-        paths = [os.fsencode(os.path.relpath(path, list_file)) for path, _ in files]
-        labels = [label for _, label in files]
-        return data.FileList(np.array(paths), np.array(labels, dtype=np.int64), list_file)
-    paths, labels, lines = [], [], []
-    with open(list_file, encoding='utf-8-sig', errors='surrogateescape') as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            match = re.fullmatch(r'(.+?)[\s,]+(-?\d+)', line.strip())
-            if not match:
-                raise ValueError(
-                    f'{list_file}:{number}: no label, a whole number, at the end of {line.strip()[:100]!r}; '
-                    'expected "path label"'
-                )
-            path, label = match[1], int(match[2])
-            if label < 0 or num_classes and label >= num_classes:
-                known = f', 0 to {num_classes - 1}' if num_classes else ''
-                known += ', as classes are named' if names else ''
-                raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
-            if videos and not path.lower().endswith(data.ENDINGS):
-                path = re.sub(r'[\s,]+\d+$', '', path) + '.mp4'
-            paths.append(os.fsencode(path))
-            labels.append(label)
-            lines.append(number)
+        path, label = match[1], int(match[3])
+        if label < 0 or num_classes and label >= num_classes:
+            known = f', 0 to {num_classes - 1}' if num_classes else ''
+            known += ', as classes are named' if names else ''
+            raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
+        stem = re.sub(r'([\s,;]+("?)\d+\2)+$', '', path) if path[-1] in '"0123456789' else path
+        counts, lower = re.findall(r'\d+', path[len(stem) :]), unquote(stem).lower()
+        if counts and (videos or lower.endswith(data.ENDINGS)):
+            if not videos or len(counts) > 1 or int(counts[0]) == 0:
+                raise ValueError(f'{list_file}:{number}: {several}')
+            path = stem
+        if videos and lower.endswith(data.VIDEO_ENDINGS):
+            frames.setdefault(int(counts[0]) if counts else None, number)
+        elif videos and not lower.endswith(data.IMAGE_ENDINGS):
+            odd.setdefault(re.search(r'\.[a-z]\w*$|$', lower)[0], []).append(len(paths))
+        paths.append(unquote(path))
+        labels.append(label)
+        lines.append(number)
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
+    plain = frames.pop(None, None)
+    # Two numbers are two labels where not all lines have two, or all numbers of frames could be labels.
+    if frames and (plain or max(frames) < min(16, max(labels) + 1)):
+        raise ValueError(f'{list_file}:{min(frames.values())}: {several}')
     highest = int(np.argmax(labels))
     if not num_classes and labels[highest] > 10_000 + 10 * len(labels):
         raise ValueError(
             f'{list_file}:{lines[highest]}: label {labels[highest]} among {len(labels)} samples; labels '
             'number the classes from 0'
         )
-    return data.FileList(np.array(paths), np.array(labels, dtype=np.int64), root)
+    if '\\' in paths[0] and not os.path.exists(os.path.join(root, paths[0])):  # written on Windows
+        paths = [path.replace('\\', '/') for path in paths]
+    for ending, places in odd.items():  # a look at a few files tells what the names leave open
+        first = [os.path.join(root, paths[i]) for i in places[:10]]
+        added = not ending or any(os.path.isfile(f'{path}.mp4') for path in first)
+        for i in places if added and not any(map(os.path.isfile, first)) else ():
+            paths[i] += '.mp4'
+    return data.FileList(np.array([*map(os.fsencode, paths)]), np.array(labels, dtype=np.int64), root)
 
 
-def class_names(folder: str) -> list[str]:
-    """The names of a folder's class folders, in alphabetical order."""
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.'))
+def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[str] | None) -> data.FileList:
+    """The samples of a folder of class folders, files at any depth; `names` number the classes, otherwise the
+    alphabet does. ValueError for a class folder whose name is not among them, or where there is no file."""
+    endings, start = data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS, len(os.path.join(folder, ''))
     if not names:
-        raise ValueError(f'{folder}: no class folders in it; a list of "path label" lines does as well')
-    return names
-
-
-def class_files(folder: str, names: list[str], endings: tuple[str, ...]) -> list[tuple[str, int]]:
-    """(path, label) of the files in a folder of class folders, at any depth; `names` numbers the classes.
-
-    Raises OSError, or ValueError where a class folder's name is not among them, or there is no file.
-    """
-    if unknown := sorted(set(class_names(folder)) - set(names)):
+        names = class_names(folder)
+        if num_classes not in (None, len(names)):
+            raise ValueError(
+                f'{folder}: {len(names)} class folders; which of the {num_classes} classes they are only a '
+                'list can say'
+            )
+        if num_classes:
+            show(f'{folder}: the classes have no names, so its folders are numbered in alphabetical order')
+    numbers = {nfc(name): number for number, name in enumerate(names)}
+    paths = [path[start:] for path in files_below(folder, endings)]
+    files = {path: nfc(path.partition(os.sep)[0]) for path in paths if os.sep in path}
+    if unknown := sorted(set(files.values()) - numbers.keys()):
         raise ValueError(
             f'{os.path.join(folder, unknown[0])}: no class of this name is known; the {len(names)} that are '
             f'trained are {", ".join(names[:3])}' + ', ...' * (len(names) > 3)
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    files = [
-        (path, numbers[name])
-        for name in class_names(folder)
-        for path in files_below(os.path.join(folder, name), endings, (os.path.realpath(folder),))
-    ]
     if not files:
-        raise ValueError(f'{folder}: no file in its class folders ends with any of {" ".join(endings)}')
+        raise ValueError(
+            f'{folder}: no CLASS/NAME{endings[0]} or the like in it; a list of "path label" works too'
+        )
+    if len(files) < len(paths):
+        show(f'{folder}: {len(paths) - len(files)} of {len(paths)} files are in no class folder and left out')
+    labels = np.array([numbers[name] for name in files.values()], dtype=np.int64)
+    return data.FileList(np.array([*map(os.fsencode, files)]), labels, folder)
+
+
+def class_names(folder: str) -> list[str]:
+    """The names of a folder's class folders, those that can be read, in alphabetical order."""
+    folders = [e for e in os.scandir(folder) if os.path.isdir(e) and os.access(e, os.R_OK | os.X_OK)]
+    return sorted({nfc(entry.name) for entry in folders if is_data(entry.path)})
+
+
+def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
+    """The files of a folder at any depth that have one of the endings, in alphabetical order; hidden ones
+    aside, what is left out is said. Links are followed, but not in a circle."""
+    found, unreadable = [], []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        folders[:] = [name for name in folders if is_data(os.path.join(parent, name))]
+        found += [os.path.join(parent, name) for name in names if not name.startswith('.')]
+    found.sort(key=lambda path: path.replace(os.sep, '\0'))
+    files = [path for path in found if path.lower().endswith(endings)]
+    for error in unreadable:
+        show(f'{error.filename}: left out, {data.one_line(error)}')
+    if len(files) < len(found):
+        other = next(path for path in found if not path.lower().endswith(endings))
+        show(
+            f'{folder}: {len(found) - len(files)} of {len(found)} files are left out, such as {other}: its '
+            f'ending is none of {", ".join(endings[:4])}, ...'
+        )
     return files
 
 
-def files_below(folder: str, endings: tuple[str, ...], above: tuple[str, ...] = ()) -> Iterator[str]:
-    """The files of a folder at any depth, hidden ones aside, in alphabetical order. Links are followed, but
-    not back up to one of the folders `above`."""
-    real = os.path.realpath(folder)
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if real not in above else ():
-        if entry.name.startswith('.'):
-            continue
-        if entry.is_dir():
-            yield from files_below(entry.path, endings, (*above, real))
-        elif entry.name.lower().endswith(endings):
-            yield entry.path
+def is_data(folder: str) -> bool:
+    """Whether a folder is the user's, and no link to a folder that it is in."""
+    name, real = os.path.basename(folder).lower(), os.path.islink(folder) and os.path.realpath(folder)
+    circular = real and real in map(os.path.realpath, Path(folder).parents)
+    return not (name.startswith('.') or name in NOT_DATA or circular)
 
 
 def read_label_map(path: str) -> list[str]:
-    """Class names from a file with one name per line, or `name index` on every line."""
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            names = [line.strip() for line in file if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f'{path}: not a text file in UTF-8; expected one class name a line') from None
-    indexed = [re.fullmatch(r'(.+?)[\s,]+(\d+)', name) for name in names]
-    if all(indexed) and sorted(int(match[2]) for match in indexed) == list(range(len(names))):
-        return [match[1] for match in sorted(indexed, key=lambda match: int(match[2]))]
-    return names
+    """Class names from a text file with one a line, or with `name index` or `index name` on every line, as in
+    a CSV file; its header, and lines that begin with `# `, are skipped.
+
+    Where names without their numbers would be the same, `level 0` and `level 1`, the numbers belong to them.
+    Raises ValueError with file and line for names that are not distinct, and for any other kind of file.
+    """
+    rows = [row for row in read_lines(path) if not row[1].startswith('# ')]
+    expected = 'expected a class name a line, or "name index"'
+    at, first = rows[0] if rows else (1, '')
+    if re.match(r'[\[{]\s*($|["\'\[{])', first):
+        raise ValueError(f'{path}:{at}: looks like JSON; {expected}')
+    column = re.compile(r'^"?\d+"?\s*[,;\t]|[,;\t]\s*"?\d+"?$').search
+    columns = len(rows) > 1 and all(column(text) for _, text in rows[1:])
+    header = HEADER.fullmatch(first) or columns and not column(first)
+    rows = rows[1:] if header else rows
+    if not rows:
+        raise ValueError(f'{path}: no class names in it; {expected}')
+    between = r'\s*[,;\t]\s*' if columns else r'[\s,;:]+'
+    orders = rf'(?P<name>.+?){between}"?(?P<index>\d+)"?', rf'"?(?P<index>\d+)"?{between}(?P<name>.+)'
+    for order in orders:
+        found = [(number, re.fullmatch(order, text)) for number, text in rows]
+        named = {int(match['index']): (number, match['name']) for number, match in found if match}
+        names = [named[i] for i in range(len(rows)) if i in named]
+        if len(names) == len(rows) and (columns or header or len({name for _, name in names}) == len(rows)):
+            break
+    else:
+        if columns or header:
+            raise ValueError(
+                f'{path}:{at}: {first!r} begins a table whose rows are not numbered 0 to {len(rows) - 1}; '
+                f'{expected}'
+            )
+        names = rows
+    lines = {}
+    for number, name in names:
+        if re.search('[\udc80-\udcff]', name):
+            raise ValueError(f'{path}:{number}: not text in UTF-8; save the file as that')
+        before = lines.setdefault(nfc(unquote(name)), number)
+        if before != number:
+            raise ValueError(f'{path}:{number}: {name!r} is the name in line {before} too')
+    return list(lines)

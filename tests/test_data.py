@@ -1,4 +1,4 @@
-"""Pixels and samples follow the recipe, lists are read as people write them, joint batches cover the sets."""
+"""Pixels and samples follow the recipe, joint batches cover the sets."""
 
 import contextlib
 import json
@@ -376,40 +376,6 @@ def test_views(sets):
         64,
     )
     assert data.ImageDataset(images, 'val', size=56)[0].pixels.shape == (1, 3, 56, 56)
-
-
-def test_lists_as_people_write_them(tmp_path):
-    path = tmp_path / 'list.txt'
-    path.write_bytes(
-        '\ufeffa b/ü clip.mp4 3\r\n\r\n  plain.avi  0  \r\nabc_def 300 7\nxyz,250,1\n1.5 2 4'.encode()
-    )
-    samples = sources.read_list(str(path), 'root', 8, videos=True)
-    assert [samples.path(i) for i in range(5)] == [
-        'root/a b/ü clip.mp4', 'root/plain.avi', 'root/abc_def.mp4', 'root/xyz.mp4', 'root/1.5.mp4',
-    ]  # fmt: skip
-    assert samples.labels.tolist() == [3, 0, 7, 1, 4]
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        ('a.mp4 1\nb.mp4\n', r'list.txt:2: no label, a whole number, at the end of .b.mp4.'),
-        ('a.mp4 1\n\nb.mp4 8\n', r'list.txt:3: label 8 is out of range, 0 to 7'),
-        ('a.mp4 -1\n', r'list.txt:1: label -1 is out of range'),
-        ('\n \n', r'list.txt: no samples'),
-    ],
-)
-def test_lists_with_mistakes_name_file_and_line(tmp_path, text, message):
-    (tmp_path / 'list.txt').write_text(text)
-    with pytest.raises(ValueError, match=message):
-        sources.read_list(str(tmp_path / 'list.txt'), num_classes=8)
-
-
-def test_label_maps(tmp_path):
-    (tmp_path / 'a.txt').write_text('air drumming\napplauding\n')
-    (tmp_path / 'b.txt').write_text('applauding 1\nair drumming 0\n')
-    for name in 'ab':
-        assert sources.read_label_map(str(tmp_path / f'{name}.txt')) == ['air drumming', 'applauding']
 
 
 def joint_sampler(batches=1, seed=0):

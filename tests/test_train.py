@@ -315,21 +315,11 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    usage = any(flag in arguments for flag in ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only'))
+    usage = any(
+        flag in arguments for flag in ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only')
+    )
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
-
-
-def test_odd_lists_are_pointed_out(demo):
-    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
-    one_based = [f'{line[:-1]}{int(line[-1]) + 1}' for line in lines]
-    (demo / 'one_based.txt').write_text('\n'.join([*one_based, '../images_train/dots_000.jpg 3']))
-    (demo / 'longer.txt').write_text('\n'.join(['stripes', 'checks', 'dots', 'zigzag', 'plaid', 'fur']))
-    options = '--video-list one_based.txt --video-labels= --image-labels longer.txt --work-dir odd --epochs 1'
-    output = run(f'train.py {SMALL} {options}', demo).stdout
-    assert 'one_based.txt: no video of 1 of the 9 classes, such as class 0; labels are expected to' in output
-    assert 'one_based.txt: 1 of the 33 videos are images, each a video of one frame' in output
-    assert 'image_train.txt: no image of 2 of the 6 classes, such as plaid\n' in output
 
 
 def test_own_lists_are_not_paired_with_the_published_validation_sets(demo):

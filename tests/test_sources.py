@@ -1,0 +1,260 @@
+"""Lists, label maps and class folders are read as people make them; what cannot be is said in one line."""
+
+import errno
+import os
+import unicodedata
+
+import pytest
+
+import train
+from runtime import sources
+
+
+def read(tmp_path, content, name='list.txt', **options):
+    """[(path, label)] of a list."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    samples = sources.read_list(str(tmp_path / name), str(tmp_path), **options)
+    return [
+        (os.path.relpath(samples.path(i), tmp_path), int(label)) for i, label in enumerate(samples.labels)
+    ]
+
+
+def tree(folder, *files):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(b'')
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        ('\ufeffa b/ü clip.mp4 3\r\n\r\n  plain.avi  0  \r\n', [('a b/ü clip.mp4', 3), ('plain.avi', 0)]),
+        ('abc_def 300 7\nxyz,250,1\n1.5 2 4', [('abc_def.mp4', 7), ('xyz.mp4', 1), ('1.5.mp4', 4)]),
+        ('x.mp4 24 0\nid 9 1\n12 30 1', [('x.mp4', 0), ('id.mp4', 1), ('12.mp4', 1)]),
+        ('x.mp4,24,0\ny z.MKV;30;1', [('x.mp4', 0), ('y z.MKV', 1)]),
+        ('x.mp4\t0\ny 2.y4m\t1\t', [('x.mp4', 0), ('y 2.y4m', 1)]),
+        (
+            '"a, b.mp4",0\n"say ""hi"" 2",1\n"c.mp4","1"',
+            [('a, b.mp4', 0), ('say "hi" 2.mp4', 1), ('c.mp4', 1)],
+        ),
+        ('path,label\nx.mp4,0', [('x.mp4', 0)]),
+        ('"video_path";"class_id"\nx.mp4;0', [('x.mp4', 0)]),
+        ('x.mp4 0\nü.mp4 1'.encode('utf-16'), [('x.mp4', 0), ('ü.mp4', 1)]),
+        (b'x\xff.mp4 0', [('x\udcff.mp4', 0)]),
+        ('here.odd 0\nhere too.odd 1', [('here.odd', 0), ('here too.odd', 1)]),
+        ('id.with.dots 0\nother.with.dots 1', [('id.with.dots.mp4', 0), ('other.with.dots.mp4', 1)]),
+        ('bare 0\nother 1', [('bare', 0), ('other', 1)]),
+        ('gone.odd 0', [('gone.odd', 0)]),
+        ('win\\1.mp4 0\nwin\\2.mp4 1', [('win/1.mp4', 0), ('win/2.mp4', 1)]),
+        ('back\\slash.mp4 0', [('back\\slash.mp4', 0)]),
+    ],
+)
+def test_lists_as_people_write_them(tmp_path, content, expected):
+    tree(tmp_path, 'here.odd', 'id.with.dots.mp4', 'bare', 'win/1.mp4', 'back\\slash.mp4')
+    assert read(tmp_path, content, videos=True) == expected
+
+
+def test_names_of_images_may_end_in_numbers_and_have_no_ending(tmp_path):
+    assert read(tmp_path, 'photo 1 0\nb.jpg 1\nscan.007 2') == [('photo 1', 0), ('b.jpg', 1), ('scan.007', 2)]
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (
+            'a.mp4 1\nb.mp4\n',
+            r'list.txt:2: no label at the end of .b.mp4.; a line is a path and a whole number',
+        ),
+        ('path,label\na.mp4,0.0\n', r'list.txt:2: no label at the end of .a.mp4,0.0.'),
+        ('weg;klasse\na.mp4;0\n', r'list.txt:1: no label at the end of .weg;klasse.'),
+        ('a.mp4,jump\n', r'list.txt:1: no label at the end of .a.mp4,jump.'),
+        ('# all of them\na.mp4 0\n', r'list.txt:1: no label at the end of .# all of them.'),
+        ('a.mp4 1\n\nb.mp4 8\n', r'list.txt:3: label 8 is out of range, 0 to 7'),
+        ('a.mp4 -1\n', r'list.txt:1: label -1 is out of range'),
+        ('\n \n', r'list.txt: no samples'),
+        ('a.mp4 1 0\nb.mp4 0 1\n', r'list.txt:2: several labels; expected "path label", or "path num_frames'),
+        ('a.mp4 0 3 5\n', r'list.txt:1: several labels'),
+        ('a.mp4 0,3\n', r'list.txt:1: several labels'),
+        ('a.mp4 3\nb.mp4 250 5\n', r'list.txt:2: several labels'),
+        ('a.mp4 1 2\nb.mp4 2 4\n', r'list.txt:1: several labels'),
+        ('abc 0 3\n', r'list.txt:1: several labels'),
+        ('a.mp4 1\nb.mp4 2'.encode('utf-16-le'), r'list.txt:1: not text in UTF-8'),
+        (b'PK\x03\x04\x00\x00', r'list.txt:1: not text'),
+    ],
+)
+def test_lists_with_mistakes_name_file_and_line(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, content, num_classes=8, videos=True)
+
+
+def test_an_image_has_one_label(tmp_path):
+    with pytest.raises(ValueError, match='list.txt:2: several labels; expected "path label"$'):
+        read(tmp_path, 'a.jpg 1\nb.jpg 24 1\n')
+
+
+@pytest.mark.parametrize(
+    ('content', 'expected'),
+    [
+        ('air drumming\napplauding\n', ['air drumming', 'applauding']),
+        ('applauding 1\nair drumming 0\n', ['air drumming', 'applauding']),
+        ('1 applauding\n0 air drumming\n', ['air drumming', 'applauding']),
+        ('id,name\r\n0,jump\r\n1,run\r\n', ['jump', 'run']),
+        ('name,id\njump,0\nrun,1\n', ['jump', 'run']),
+        ('Class ID\tClass Name\n1\trun\n0\tjump\n', ['jump', 'run']),
+        ('"id","name"\n"0","tench, Tinca"\n"1","say ""hi"""\n', ['tench, Tinca', 'say "hi"']),
+        ('Klasse;Nummer\njump;0\nrun;1\n', ['jump', 'run']),
+        ('0,gear 0\n1,gear 1\n', ['gear 0', 'gear 1']),
+        ('0: jump\n1: run\n', ['jump', 'run']),
+        ('# my classes\njump\nrun\n', ['jump', 'run']),
+        ('level 0\nlevel 1\nlevel 2\n', ['level 0', 'level 1', 'level 2']),
+        ('0 mph\n1 mph\n', ['0 mph', '1 mph']),
+        ('100 m\n200 m\n', ['100 m', '200 m']),
+        ('tench, Tinca\ngoldfish, Carassius\n', ['tench, Tinca', 'goldfish, Carassius']),
+        ('[Something] falling\nrun\n', ['[Something] falling', 'run']),
+        ('läuft\n'.encode('utf-16'), ['läuft']),
+        (unicodedata.normalize('NFD', 'läuft\n'), ['läuft']),
+    ],
+)
+def test_label_maps(tmp_path, content, expected):
+    path = tmp_path / 'names.csv'
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert sources.read_label_map(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (
+            '{\n  "jump": 0,\n  "run": 1\n}',
+            ':1: looks like JSON; expected a class name a line, or "name index"',
+        ),
+        ('["jump", "run"]', ':1: looks like JSON'),
+        ('[\n"jump"\n]', ':1: looks like JSON'),
+        ('1,jump\n2,run\n', ":1: '1,jump' begins a table whose rows are not numbered 0 to 1; expected a"),
+        ('id,name\n0,jump\n2,run\n', ":1: 'id,name' begins a table"),
+        ('name\njump\nrun\n', ":1: 'name' begins a table"),
+        ('jump\nrun\njump\n', ":3: 'jump' is the name in line 1 too"),
+        ('0,crane\n1,ox\n2,crane\n', ":3: 'crane' is the name in line 1 too"),
+        ('läuft\n' + unicodedata.normalize('NFD', 'läuft\n'), ':2: .* in line 1 too'),
+        (b'jump\nl\xe4uft\n', ':2: not text in UTF-8'),
+        ('jump\n'.encode('utf-16-le'), ':1: not text in UTF-8'),
+        ('\n', ': no class names in it'),
+        ('id,name\n', ': no class names in it'),
+    ],
+)
+def test_label_maps_with_mistakes_name_file_and_line(tmp_path, content, message):
+    (tmp_path / 'names.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f'names.csv{message}'):
+        sources.read_label_map(str(tmp_path / 'names.csv'))
+
+
+def test_class_folders_take_what_can_be_read_and_say_what_they_leave_out(tmp_path, capsys):
+    images = tree(tmp_path / 'images', 'a/x.GIF', 'a/x.HEIC', 'a/x.jfif', 'a/x.ppm', 'b/c/1.JPG')
+    samples = sources.read_list(images)
+    assert samples.paths.tolist() == [b'a/x.GIF', b'a/x.jfif', b'a/x.ppm', b'b/c/1.JPG']
+    assert samples.labels.tolist() == [0, 0, 0, 1]
+    expected = '1 of 5 files are left out, such as a/x.HEIC: its ending is none of .jpg, '
+    assert expected in capsys.readouterr().out.replace(f'{images}/', '')
+    videos = tree(tmp_path / 'videos', 'a/x.F4V', 'a/x.gif', 'b/x.m2v', 'b/x.txt', 'b/x.y4m', 'z.mp4')
+    assert len(sources.read_list(videos, videos=True)) == 4
+    output = capsys.readouterr().out.replace(f'{videos}/', '')
+    assert '1 of 6 files are left out, such as b/x.txt: its ending is none of .mp4, ' in output
+    assert 'videos: 1 of 5 files are in no class folder and left out\n' in output
+    with pytest.raises(ValueError, match='a: no CLASS/NAME.mp4 or the like in it; a list of'):
+        sources.read_list(f'{videos}/a', videos=True)
+
+
+def test_folders_of_systems_are_no_classes(tmp_path, capsys):
+    inside = ('@eaDir', '__MACOSX', '.hidden', 'lost+found', '$RECYCLE.BIN')
+    folder = tree(
+        tmp_path / 'in',
+        'a/1.jpg',
+        'b/2.jpg',
+        *(f'{p}{name}/x.jpg' for p in ('', 'a/', 'b/c/') for name in inside),
+    )
+    (tmp_path / 'in/b/up').symlink_to('..')
+    (tmp_path / 'in/b/loop').symlink_to('loop')
+    assert sources.class_names(folder) == ['a', 'b']
+    assert sources.read_list(folder).paths.tolist() == [b'a/1.jpg', b'b/2.jpg']
+
+
+def test_folders_that_cannot_be_read_are_said(tmp_path, capsys, monkeypatch):
+    folder = tree(tmp_path / 'in', 'a/1.jpg', 'a/locked/2.jpg', 'b/3.jpg', 'locked/4.jpg')
+    scandir, access = os.scandir, os.access
+
+    def refuse(path):
+        if str(path).endswith('locked'):
+            raise PermissionError(errno.EACCES, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)  # as root may read all
+    monkeypatch.setattr(
+        os, 'access', lambda path, mode: 'locked' not in os.fspath(path) and access(path, mode)
+    )
+    samples = sources.read_list(folder)
+    assert sources.class_names(folder) == ['a', 'b'] and len(samples) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == [
+        f'{folder}/{name}: left out, Permission denied' for name in ('a/locked', 'locked')
+    ]
+
+
+def test_names_are_the_same_however_they_are_spelled(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, 'läuft') for form in ('NFC', 'NFD'))
+    folder = tree(tmp_path / 'in', f'{decomposed}/1.mp4', 'lz/1.mp4')
+    assert sources.class_names(folder) == ['lz', composed]
+    for names in ([composed, 'lz'], [decomposed, 'lz']):
+        samples = sources.read_list(folder, videos=True, names=names)
+        assert samples.labels.tolist() == [0, 1] and os.path.exists(samples.path(0))
+    with pytest.raises(
+        ValueError, match='lz: no class of this name is known; the 1 that are trained are läuft'
+    ):
+        sources.read_list(folder, videos=True, names=[composed])
+
+
+def open_sources(options):
+    return sources.open_sources(train.parse_args(f'--image-only {options}'.split()))
+
+
+def test_a_run_begins_with_its_classes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / 'in', 'a/1.jpg', 'a/2.jpg', 'b/1.jpg', 'notes/x.txt')
+    open_sources('--image-list in')
+    line = 'in: 3 images of 3 classes: a (2), b (1), notes (0); from notes (0) to a (2); '
+    line += 'classes without images: 1'
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    tree(tmp_path, *(f'{i}.jpg' for i in range(13)))
+    (tmp_path / 'list.txt').write_text('\n'.join(f'{i}.jpg {i + (i > 0)}' for i in range(12)))
+    open_sources('--image-list list.txt --image-root .')
+    line = capsys.readouterr().out
+    assert 'class 9 (1) and 3 more; from class 1 (0) to class 0 (1); classes without images: 1\n' in line
+
+
+def test_odd_lists_are_pointed_out(demo, monkeypatch, capsys):
+    monkeypatch.chdir(demo)
+    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
+    one_based = [f'{line[:-1]}{int(line[-1]) + 1}' for line in lines]
+    (demo / 'one_based.txt').write_text('\n'.join([*one_based, '../images_train/dots_000.jpg 3']))
+    (demo / 'longer.txt').write_text('\n'.join(['stripes', 'checks', 'dots', 'zigzag', 'plaid', 'fur']))
+    options = '--demo --video-list one_based.txt --video-labels= --image-labels longer.txt --val-list='
+    sources.open_sources(train.parse_args(options.split()))
+    output = capsys.readouterr().out
+    assert 'one_based.txt: 33 videos of 9 classes: class 0 (0), class 1 (4), ' in output
+    assert '; classes without videos: 1; labels are expected to count from 0' in output
+    assert 'one_based.txt: 1 of the 33 videos are images, each a video of one frame' in output
+    assert 'plaid (0), fur (0); from plaid (0) to stripes (10); classes without images: 2\n' in output
+
+
+def test_class_folders_are_not_guessed_to_be_a_lists_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / 'val', 'a/1.jpg', 'b/1.jpg')
+    (tmp_path / 'list.txt').write_text('val/b/1.jpg 0\nval/a/1.jpg 1\n')
+    options = '--image-list list.txt --image-root . --image-val-list val'
+    with pytest.raises(
+        ValueError, match='val: class folders .* the numbers in list.txt; --image-labels takes a file'
+    ):
+        open_sources(options)
+    (tmp_path / 'names.txt').write_text('b\na\n')
+    (source,) = open_sources(f'{options} --image-labels names.txt')
+    assert source.val.samples.labels.tolist() == [1, 0]
