@@ -12,6 +12,7 @@ them and is taken as the published recipe. Runs on a GPU where there is one, els
 """
 
 import argparse
+import copy
 import os
 import pickle
 import sys
@@ -111,8 +112,11 @@ def predict(
     unreadable file, whose scores are NaN. Under torchrun every rank takes its share and all return the whole.
     Raises UserError if no file can be read, or if scores are not numbers.
     """
-    network = fold_batchnorm(network, is_image=isinstance(dataset, data.ImageDataset))
     device = next(network.parameters()).device
+    if device.type == 'cpu':
+        network = fold_batchnorm(network, is_image=isinstance(dataset, data.ImageDataset))
+    else:  # where cuDNN would add the bias, which a folded convolution has, in a pass of its own
+        network = copy.deepcopy(network).eval()
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
     batches = distributed.loader(share, workers, batch_size=batch_size, collate_fn=list)
     quiet = None if progress and rank() == 0 else True

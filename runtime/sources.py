@@ -120,11 +120,11 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
     """Say which lists have changed since a checkpoint; ValueError where its network does not fit, or its
     labels would change meaning."""
     for key in ('layers', 'width', 'video_only', 'image_only'):
-        was, now = saved.get('settings', {}).get(key), getattr(args, key)
-        if was is not None and was != now:
-            raise ValueError(
-                f'{path}: has --{key.replace("_", "-")} {was}, now {now}; --work-dir takes another folder'
-            )
+        was, now = saved['settings'][key], getattr(args, key)
+        if was != now:
+            advice = '; --init starts from it what has other heads' if key.endswith('only') else ''
+            flag = f'--{key.replace("_", "-")}'
+            raise ValueError(f'{path}: has {flag} {was}, now {now}; --work-dir takes another folder{advice}')
     for source in sources:
         name, before, now = source.name, saved.get(f'{source.name}_labels'), source.labels
         if before and now and before != now:
@@ -136,7 +136,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
                 'run from its weights'
             )
         paths, labels = source.train.files.fingerprint
-        old_paths, old_labels = saved.get('lists', {}).get(name, (paths, labels))
+        old_paths, old_labels = saved['lists'][name][0]
         if paths == old_paths and labels != old_labels:
             raise ValueError(
                 f'{path}: the same {name}s have other labels now than when it was saved; --init starts a new '

@@ -55,7 +55,9 @@ def trained(demo):
 def test_demo_trains_validates_and_tests(trained):
     folder, output = trained
     assert 'reusing the set' in output
-    assert 'training on 32 videos in 8 classes; an epoch sees 32, 1 times the set' in output
+    assert (
+        '32 videos of 8 classes: stripes rising (4), ' in output and 'an epoch sees 32 videos, 1 t' in output
+    )
     assert '16 videos of 8 classes, 10 clips x 3 crops' in output
     assert '12 images of 4 classes, centre crop' in output
     last = output.strip().splitlines()[-1]
@@ -147,7 +149,7 @@ def test_videos_alone_from_class_folders(demo):
         f'train.py {SMALL} --epochs 1 --video-only --work-dir video --video-list folders --val-list folders'
     )
     output = run([*line.split(), '--video-labels', ''], demo).stdout
-    assert 'training on 32 videos in 3 classes' in output and 'image' not in output.split('epoch 1/1')[1]
+    assert '32 videos of 3 classes' in output and 'image' not in output.split('epoch 1/1')[1]
     checkpoint = torch.load(demo / 'video/latest.pth', weights_only=True)
     assert checkpoint['video_labels'] == ['class 0', 'class 1', 'class 2']
     assert not any(key.startswith('image_head') for key in checkpoint['model'])
@@ -315,9 +317,8 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    usage = any(
-        flag in arguments for flag in ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only')
-    )
+    flags = ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only')
+    usage = any(flag in arguments for flag in flags)
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
 
@@ -454,7 +455,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     )
     output = run(f'{hasty} --layers 1 1 1 1 --width 8 --size 56 --workers 1', folder).stdout
     assert "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr" in output
-    assert 'an epoch sees 170, 4.25 times the set' in output
+    assert 'an epoch sees 170 images, 4.25 times the set' in output
 
 
 def test_the_readme_s_comparison_follows_from_its_runs():
