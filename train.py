@@ -397,7 +397,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             save(*names)
             if rank() == 0:
                 checkpoint.keep_last(logger.folder, epoch)
-            batches = load_from(step)  # with fresh workers, as decoding leaves a little memory in use
+            if epoch < args.epochs:
+                batches = load_from(step)  # with fresh workers, as decoding leaves a little memory in use
     guard.close()
     logger.close()
     return network

@@ -35,6 +35,8 @@ def write_video(
                 frame.pts, frame.time_base = times[i], Fraction(1, 600)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if codec == 'libsvtav1' and hasattr(os, 'SCHED_OTHER'):  # SVT-AV1 takes real-time priority if it can
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return str(path)
 
 
