@@ -437,15 +437,15 @@ def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
     return batch
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite int of at least `low`, or a float above it; below `high`."""
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite int or float of at least `low`, or `above` it, and below `high`."""
 
     def parse(text: str) -> float:
         with suppress(ValueError):
             value = kind(text)
-            if (value > low or value == low and kind is int) and value < high:
+            if low <= value < high and not (above and value == low):
                 return value
-        least = f'a whole number of at least {low}' if kind is int else f'a number above {low}'
-        raise argparse.ArgumentTypeError(f'{text!r} is not {least}' + f', below {high}' * (high < math.inf))
+        wanted = f'a {"whole " * (kind is int)}number {"above" if above else "of at least"} {low}'
+        raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}' + f', below {high}' * (high < math.inf))
 
     return parse

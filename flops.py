@@ -88,7 +88,7 @@ def main() -> None:
         epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, count, above_0 = parser.add_argument, number(int, 1), number(float, 0)
+    add, count, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
     add('--size', type=count, default=224, help='side of the crop (default: %(default)s)')
     add('--clip-len', type=count, default=8, help='frames of a clip (default: %(default)s)')
     add('--plan', action='store_true', help='what the published recipe takes, from these rates:')

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+EVEN_BATCHES = 100  # of a run; see `set_momentum`
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -52,11 +53,11 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in network.named_buffers() if 'running_' in name]
 
 
-def average_evenly(network: nn.Module, number: int) -> None:
-    """Let batch `number`, counted from 1, and those before it count alike in the running statistics.
+def set_momentum(network: nn.Module, number: int) -> None:
+    """Let batch `number` of a run, counted from 1, count as much as each before it in the running statistics.
 
-    The momentum is 1 / number until the recipe's is more. With 0.01 from the start, a hundred steps would be
-    evaluated with a third of what was there before: 0 and 1, or the statistics of other data.
+    The momentum is 1 / number until the recipe's is more, after EVEN_BATCHES. With 0.01 from the start, a
+    hundred steps would be evaluated with a third of what was there before: 0 and 1, or other data's.
     """
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):

@@ -1,6 +1,6 @@
 """Train one SlowOnly-R50 on videos and images together.
 
-    python train.py --demo                           all of it on a small set that it makes itself, anywhere
+    python train.py --demo                           the whole run on a small set that it makes itself
     torchrun --nproc_per_node=8 train.py --resume    the published recipe on 8 GPUs; the same line restarts it
     python train.py --video-list train.txt --video-root videos --image-list images.txt --image-root images
 
@@ -8,14 +8,15 @@ Each step takes a batch of videos and a batch of images through the same weights
 cross-entropies, and does one backward pass and one SGD step. The defaults are MMAction2's published recipe
 (slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb: 77.30 top-1). Without a GPU it runs on the CPU.
 
-Settings come first, then the method (`learning_rate`, `train_step`), then the run: `train` has all of it,
-from the lists to the last checkpoint. What keeps a run alive is in runtime/.
+Settings come first, then the method (`learning_rate`, `train_step`), then the run, which is `train`: from the
+lists to the last checkpoint. runtime/ has the rest: processes, checkpoints, signals, logging.
 """
 
 import argparse
 import math
 import os
 import shlex
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -26,16 +27,16 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import prepare
-from model import OmniSlowOnly, average_evenly, running_statistics
+from model import EVEN_BATCHES, OmniSlowOnly, running_statistics, set_momentum
 from runtime import checkpoint, distributed, log
 from runtime.distributed import rank, show, together, world_size
 from runtime.guard import Guard
 from runtime.sources import compare_data, open_sources
 
-# Settings, each with its default and its reason -----------------------------------------------------------
+# Settings -------------------------------------------------------------------------------------------------
 
-# What the demo sets otherwise: a network, a picture size and a length for a CPU, and its own data. It clips
-# more, which holds back the image loss: its gradients are 20 times the videos' in the first steps.
+# The demo's own defaults: a small network, small pictures, few epochs, its own data. It clips at a lower norm
+# because the images' gradients are at first 20 times as large as the videos'.
 DEMO = {
     'work_dir': 'work_dirs/demo',
     'layers': (1, 1, 1, 1),
@@ -58,6 +59,17 @@ DEMO = {
 }
 
 
+def settings(parser: argparse.ArgumentParser, title: str) -> Callable:
+    """A function that adds a flag to a group of its own in the help."""
+    group = parser.add_argument_group(title)
+
+    def add(flag: str, reason: str, **options) -> None:
+        shown = ' (default: %(default)s)' if 'default' in options else ''
+        group.add_argument(flag, help=reason + shown, **options)
+
+    return add
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0],
@@ -65,58 +77,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def settings(title: str):
-        group = parser.add_argument_group(title)
-
-        def add(flag: str, reason: str, **options) -> None:
-            shown = ' (default: %(default)s)' if 'default' in options else ''
-            group.add_argument(flag, help=reason + shown, **options)
-
-        return add
-
-    count, above_0 = data.number(int, 1), data.number(float, 0)
-    add = settings('data')
+    count, above_0 = data.number(int, 1), data.number(float, 0, above=True)
+    fraction = data.number(float, 0, 1)
+    add = settings(parser, 'data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
     is_list = 'lines of "path label", or a folder of class folders'
-    is_root = 'folder that its paths are below'
+    is_root = 'folder that the paths in the list start from'
     add('--video-list', is_list, default=f'{kinetics}/kinetics400_train_list_videos.txt')
     add('--video-root', is_root, default=f'{kinetics}/videos_train')
     add('--image-list', is_list, default=f'{imagenet}/meta/train.txt')
     add('--image-root', is_root, default=f'{imagenet}/train')
-    published = 'default: the published one beside the published training list'
+    published = 'default: the published list, if the training list is the published one'
     add('--val-list', f'the same, or lines of "id num_frames label"; {published}')
     add('--val-root', is_root, default=evaluate.VAL_ROOT)
     add('--image-val-list', f'the same for images; {published}, if it is there')
     add('--image-val-root', is_root, default=evaluate.IMAGE_VAL_ROOT)
-    add('--video-labels', 'class names, one a line; default: as the folders or labels in the list have it')
+    add('--video-labels', 'class names, one a line; default: those of the class folders, else numbers')
     add('--image-labels', 'the same for images')
 
-    add = settings('network')
-    add('--layers', 'blocks per stage; these are ResNet-50', type=count, nargs=4, default=(3, 4, 6, 3))
+    add = settings(parser, 'network')
+    add('--layers', 'blocks per stage; the default is ResNet-50', type=count, nargs=4, default=(3, 4, 6, 3))
     add('--width', 'channels of the stem', type=count, default=64)
     add('--clip-len', 'frames of a clip', type=count, default=8)
-    add('--frame-interval', 'from one to the next: 8 x 8 spans 2 seconds', type=count, default=8)
+    add('--frame-interval', 'between frames of a clip; 8 x 8 spans 2 seconds', type=count, default=8)
     add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=count, default=224)
 
-    add = settings('recipe')
+    add = settings(parser, 'recipe')
     add('--epochs', 'long, as everything is learned from scratch', type=count, default=256)
     add('--warmup-epochs', 'default: in proportion, 34 of 256', type=data.number(int, 0))
     add('--videos-per-gpu', 'video batch of each process', type=count, default=16)
     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
-    add('--accumulate', 'batches a step: 8 on one GPU compute what 8 GPUs do', type=count, default=1)
+    add('--accumulate', 'batches per step: one GPU with 8 learns as 8 GPUs do', type=count, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
     add('--momentum', 'of SGD', type=fraction, default=0.9)
     add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=fraction, default=1e-4)
-    add('--clip-norm', 'bounds the norm of all gradients together', type=above_0, default=40)
+    add('--clip-norm', 'largest norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint of this network; heads may have other classes', metavar='CKPT')
 
-    add = settings('run')
+    add = settings(parser, 'run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
     add('--resume', 'go on from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
     add('--seed', 'determines the whole run', type=data.number(int, 0, 2**63), default=0)
@@ -128,22 +132,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--val-interval', 'epochs from one validation and checkpoint to the next', type=count, default=4)
     add('--save-minutes', 'time from one checkpoint to the next', type=above_0, default=10)
     add('--log-interval', 'steps per log line', type=count, default=20)
-    add('--max-bad', 'share of unreadable samples that ends the run', type=above_0, default=0.01)
+    add('--max-bad', 'share of unreadable samples, and over 20, that ends it', type=above_0, default=0.01)
 
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     return check(parser, parser.parse_args(argv))
 
 
-def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to below 1."""
-    return 0.0 if text in ('0', '0.0') else data.number(float, 0, 1)(text)
-
-
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The settings, if they go together; what depends on others filled in."""
+    """Refuse settings that exclude each other; fill in those that depend on others."""
     if not args.work_dir:
-        parser.error('--work-dir names a folder')
+        parser.error('--work-dir must not be empty')
     if args.size % 7:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
     if args.init and args.init_2d:
@@ -156,10 +155,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
     args.layers = list(args.layers)
     for flag in ('video', 'val', 'image', 'image-val'):
-        folder, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
-        if os.path.isdir(getattr(args, folder) or '') and getattr(args, root) != parser.get_default(root):
+        list_name, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
+        if os.path.isdir(getattr(args, list_name) or '') and getattr(args, root) != parser.get_default(root):
             parser.error(f'--{flag}-list is a folder of class folders, --{flag}-root is for lists')
-    # The published sets validate themselves only: own classes are others.
+    # The published validation sets fit the published training lists only.
     if args.val_list is None and args.video_list == parser.get_default('video_list'):
         args.val_list = evaluate.VAL_LIST
     own_images = args.image_list != parser.get_default('image_list')
@@ -174,8 +173,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 def learning_rate(
     step: int, steps_per_epoch: int, base_lr: float = 0.1, warmup_epochs: int = 34, epochs: int = 256
 ) -> float:
-    """The rate of a step, counted from 0: linear from 0.1 of base_lr, reached in the last step of the
-    warm-up, then a half cosine towards 0 (https://arxiv.org/abs/1608.03983, without restarts)."""
+    """The rate of a step, counted from 0. Warm-up: linear from 0.1 * base_lr to base_lr in its last step.
+    Then a half cosine towards 0 (https://arxiv.org/abs/1608.03983, without restarts)."""
     warmup, total = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
         return base_lr * (0.1 + 0.9 * step / max(warmup - 1, 1))
@@ -185,7 +184,7 @@ def learning_rate(
 def make_optimizer(network: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """SGD on all parameters, in one kernel."""
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
-    for parameter in network.parameters():  # else unset where the fused step skips the first update
+    for parameter in network.parameters():  # else unset if the fused step skips the first update
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     return optimizer
 
@@ -199,28 +198,28 @@ def train_step(
     device: torch.device,
     precision: str = 'fp32',
     clip_norm: float = 40,
-    seen: int = 100,
+    seen: int = EVEN_BATCHES,
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
     """One joint step on batches of `data.collate`: videos and images, one summed loss, one update.
 
-    More than one batch is gradient accumulation: each is normalized by itself, as on a process of its own.
-    `seeds` has one for the dropout of each batch, the only random numbers here. `seen` is how many batches
-    came before, of which the first hundred count evenly in BatchNorm's running statistics.
+    More than one batch is gradient accumulation: each is normalized by itself, as if another process had it.
+    `seeds` are for the dropout of each batch; nothing else here is random. `seen` is how many batches this
+    process has trained on before.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
     on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
     """
     results = []
     optimizer.zero_grad()
-    for number, (batch, seed) in enumerate(zip(batches, seeds), 1):
+    for number, (batch, seed) in enumerate(zip(batches, seeds, strict=True), 1):
         torch.manual_seed(seed)
         pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
         labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
-        net.require_backward_grad_sync = number == len(batches)  # by which DDP adds them up once
-        early = seen + number <= 100
+        net.require_backward_grad_sync = number == len(batches)  # DDP's `no_sync`, but for the last
+        early = seen + number <= EVEN_BATCHES
         if early:
-            average_evenly(net, seen + number)
-        # torch.compile would start anew for each momentum, so it begins after the hundred.
+            set_momentum(net, seen + number)
+        # torch.compile would compile again for each momentum, so it begins afterwards.
         eager = torch.compiler.set_stance('force_eager') if early else nullcontext()
         with eager, distributed.autocast(device, precision):
             logits = net(pixels)  # of videos (16, 400), of images (85, 1000)
@@ -233,7 +232,7 @@ def train_step(
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-    if precision != 'fp16':  # the scaler's part there: where it is not 0, the fused step changes nothing
+    if precision != 'fp16':  # whose scaler sets it; the fused step changes nothing unless it is 0
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
@@ -244,37 +243,38 @@ def train_step(
 
 
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """A whole run, from the lists to the last checkpoint. Every process calls it alike."""
+    """A whole run, from the lists to the last checkpoint. Every process calls it, with the same settings."""
+    if args.auto_scale_lr:
+        args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
     precision, why = distributed.pick_precision(args.precision, device)
     workers = distributed.default_workers() if args.workers is None else args.workers
-    if args.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True)
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without which cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
 
-    # What it learns from. A mistake that one process meets inside `together` ends all of them with its line.
+    # Data and checkpoint. An error of one process inside `together` ends all of them with its line.
     with together():
-        logger = log.Log(args.work_dir, device)  # makes the folder, and keeps other runs out of it
+        logger = log.Log(args.work_dir, device)  # makes the folder and locks it
         if args.demo and rank() == 0:
             prepare.make_demo('data/demo')
     with together():
         saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
         sources = open_sources(args)
-        sampler = data.JointSampler(
-            {source.name: len(source.train) for source in sources},
-            {source.name: source.per_gpu for source in sources},
-            world_size() * args.accumulate,  # batches a step
-            args.seed,
-        )
+        sizes = {source.name: len(source.train) for source in sources}
+        per_gpu = {source.name: source.per_gpu for source in sources}
+        sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
         if saved:
             compare_data(saved, args, sources, path)
-    lists = {s.name: [files and files.files.fingerprint for files in (s.train, s.val)] for s in sources}
-    distributed.agree((saved and saved['step'], lists), f'lists, or checkpoints in {logger.folder}')
+    lists = {s.name: [own and own.files.fingerprint for own in (s.train, s.val)] for s in sources}
+    found = saved and [saved[key] for key in ('step', 'epoch', 'best')]
+    own = ('_list', '_root', '_labels', '_dir', 'workers')  # of which each node may have its own
+    settings = {key: value for key, value in vars(args).items() if not key.endswith(own)}
+    distributed.agree((found, lists, precision, settings), 'settings, lists or checkpoints')
 
     # The network with its first weights: random ones, a checkpoint's, or those that a flag names.
     torch.manual_seed(args.seed)
-    classes = {'video_classes': 0, 'image_classes': 0}
-    classes |= {f'{source.name}_classes': source.classes for source in sources}
+    classes = {f'{source.name}_classes': source.classes for source in sources}
+    classes = {'video_classes': 0, 'image_classes': 0, **classes}
     network = OmniSlowOnly(**classes, layers=args.layers, width=args.width)
     with together():
         if saved:
@@ -282,26 +282,57 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         elif args.init_2d:
             checkpoint.load_2d(network, args.init_2d)
         elif args.init:
-            labels = {source.name: source.labels for source in sources}
-            checkpoint.load_init(network, checkpoint.load(args.init), args.init, labels)
+            names = {source.name: source.labels for source in sources}
+            checkpoint.load_init(network, checkpoint.load(args.init), args.init, names)
     network.to(device)
+    statistics = running_statistics(network)
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
 
-    # The state of a run: steps done, epochs done (with their validation), the best validation. The rate, the
-    # order of the samples and all random numbers follow from these and the settings.
-    step, epoch, best = 0, 0, -1.0
+    # The state of a run: steps done, epochs done and validated, the best top-1 with the set it belongs to.
+    # The rate, the order of samples and all random numbers follow from the step and the settings.
+    step, epoch, best = 0, 0, [-1.0, None]
     steps_per_epoch = sampler.steps_per_epoch
-    if saved:
+    if saved:  # by `save`, below
         optimizer.load_state_dict(saved['optimizer'])
-        for group in optimizer.param_groups:  # the command line's settings count, not the checkpoint's
+        for group in optimizer.param_groups:  # the old settings came back with it; the command line's count
             group.update(momentum=args.momentum, weight_decay=args.weight_decay)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
-        step = saved['step'] * steps_per_epoch // saved['steps_per_epoch']  # which other GPUs may change
-        epoch = saved['epoch']
-        first = sources[0].name
-        best = saved['best'] if saved['lists'][first][1] == lists[first][1] else -1.0  # of another set
+        # Another number of GPUs has other steps: the share of the epoch stays.
+        step, epoch = saved['step'] * steps_per_epoch // saved['steps_per_epoch'], saved['epoch']
+        best = saved['best']
+
+    wrapped = network  # `network` is saved and validated, `wrapped` is trained
+    if args.compile:
+        # Inductor would leave channels-last where a convolution over three frames narrows. CUDA graphs save
+        # 1,500 launches a step; with --accumulate a second batch would overwrite the first one's gradients.
+        options = {'force_layout_optimization': True, 'triton.cudagraphs': args.accumulate == 1}
+        wrapped = torch.compile(wrapped, options=options)
+    if world_size() > 1:
+        gpu = [device.index] if device.type == 'cuda' else None
+        wrapped = DistributedDataParallel(wrapped, gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # DDP orders its buckets, and so its sums, anew after its first backward pass. A pass on nothing does
+        # that now, so that the first step after a restart adds up as every other one does.
+        nothing = {source.name: torch.zeros(1, *source.train.shape, device=device) for source in sources}
+        with torch.compiler.set_stance('force_eager'):
+            sum(logits.sum() for logits in wrapped.eval()(nothing).values()).backward()
+    wrapped.train()
+
+    mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # numbers of a step's batches
+    dataset = data.JointDataset({source.name: source.train for source in sources})
+
+    def load_from(first: int):
+        keys = (sampler.batch(s, n) for s in range(first, args.epochs * steps_per_epoch) for n in mine)
+        return iter(distributed.loader(dataset, workers, batch_sampler=keys, collate_fn=data.collate))
+
+    computing = f'{device.type}, {precision} ({why}), {workers} workers'
+    log.introduce(args, sources, sampler, computing, saved, step)
+    del saved
+    with together():
+        if args.demo and not args.resume and rank() == 0:  # a demo replaces an older demo
+            checkpoint.start_over(logger.folder)
+    guard = Guard(logger.folder, args.save_minutes, args.max_bad)
 
     def save(*names: str) -> None:
         state = {
@@ -321,48 +352,18 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
                 checkpoint.write(state, logger.folder, *names)
         guard.saved()
 
-    wrapped = network  # `network` is saved and validated, `wrapped` is trained
-    if args.compile:
-        # Inductor would leave channels-last where a convolution over three frames narrows. CUDA graphs spare
-        # the host 1,500 launches, but two batches of one step would write their gradients to one place.
-        options = {'force_layout_optimization': True, 'triton.cudagraphs': args.accumulate == 1}
-        wrapped = torch.compile(wrapped, options=options)
-    if world_size() > 1:
-        device_ids = [device.index] if device.type == 'cuda' else None
-        wrapped = DistributedDataParallel(
-            wrapped, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-        # DDP learns in its first backward pass in which order gradients come, and orders its sums by it from
-        # then on. Done once on nothing, the first step after a restart adds up in that order too.
-        nothing = {source.name: torch.zeros(1, *source.train.shape, device=device) for source in sources}
-        with torch.compiler.set_stance('force_eager'):
-            sum(logits.sum() for logits in wrapped.eval()(nothing).values()).backward()
-    wrapped.train()
-    statistics = running_statistics(network)
-
-    mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # of the batches of a step
-    dataset = data.JointDataset({source.name: source.train for source in sources})
-
-    def load_from(step: int):
-        keys = (sampler.batch(s, n) for s in range(step, args.epochs * steps_per_epoch) for n in mine)
-        return iter(distributed.loader(dataset, workers, batch_sampler=keys, collate_fn=data.collate))
-
-    computing = f'{device.type}, {precision} ({why}), {workers} workers'
-    log.introduce(args, sources, sampler, computing, saved, step)
-    del saved
-    if args.demo and not args.resume and rank() == 0:  # over an older demo
-        checkpoint.start_over(logger.folder)
-    guard = Guard(logger.folder, args.save_minutes, args.max_bad)
-    batches = load_from(step)
-
-    # `save` reads step, epoch and best as they are when it is called, hence these loops count by hand.
+    batches = None
+    if epoch >= args.epochs:  # nothing is left to train, but the folder may be a new one
+        save('latest.pth')
     while epoch < args.epochs:
         end = (epoch + 1) * steps_per_epoch
         logger.begin(epoch, args.epochs, step, end)
+        if batches is None:
+            batches = load_from(step)
         while step < end:
             with logger.waiting():
                 drawn = [next(batches) for _ in mine]
-            save_now, stop = guard.ask(drawn, epoch)  # all processes together
+            save_now, stop = guard.ask(drawn, epoch)  # all processes together, once a step
             if save_now or stop:
                 logger.check()
                 save('latest.pth')
@@ -373,32 +374,31 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             for group in optimizer.param_groups:
                 group['lr'] = lr
             seeds = [data.generator('dropout', args.seed, step, n).integers(2**62).item() for n in mine]
-            seen = step * args.accumulate
-            results, grad_norm = train_step(
-                wrapped, optimizer, scaler, drawn, seeds, device, precision, args.clip_norm, seen
-            )
-            distributed.average(statistics)  # of BatchNorm: DDP leaves them to the loop
+            options = device, precision, args.clip_norm, step * args.accumulate
+            results, grad_norm = train_step(wrapped, optimizer, scaler, drawn, seeds, *options)
+            distributed.average(statistics)  # BatchNorm's, which DDP leaves alone
             step += 1
             logger.add(drawn, results, grad_norm)
-            if (step + steps_per_epoch - end) % args.log_interval == 0 or step == end:
+            if (step - epoch * steps_per_epoch) % args.log_interval == 0 or step == end:
                 logger.line(lr, guard.unreadable)
 
         keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # in this order: a run can go on from the last one
-        if keep and any(source.val for source in sources):
+        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # latest.pth last: a run goes on from it first
+        if keep:
+            batches = None  # the next ones come from fresh workers, as decoding leaves a little memory in use
+        if keep and (validated := [source.name for source in sources if source.val is not None]):
             save('latest.pth')  # so that a validation that fails loses nothing
             result = validate(network, sources, precision, workers)
             logger.validation(result)
-            if result.get(f'{sources[0].name}_top1', -1) > best:
-                best = result[f'{sources[0].name}_top1']
-                names.insert(1, 'best.pth')
+            top1, own = result[f'{validated[0]}_top1'], lists[validated[0]][1]
+            if top1 > best[0] or own != best[1] or not (logger.folder / 'best.pth').exists():
+                best = [top1, own]
+                names.insert(0, 'best.pth')
         epoch += 1
         if keep:
             save(*names)
             if rank() == 0:
                 checkpoint.keep_last(logger.folder, epoch)
-            if epoch < args.epochs:
-                batches = load_from(step)  # with fresh workers, as decoding leaves a little memory in use
     guard.close()
     logger.close()
     return network
@@ -425,8 +425,6 @@ def validate(
 def main(argv: list[str] | None = None) -> nn.Module:
     args = parse_args(argv)
     with distributed.processes('train.py') as device:
-        if args.auto_scale_lr:
-            args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
         network = train(args, device)
         ckpt = ['--ckpt', f'{args.work_dir}/latest.pth']
         sets = [] if args.image_only or not args.val_list else [ckpt]

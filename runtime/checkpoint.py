@@ -75,7 +75,8 @@ def keep_last(folder: Path, epoch: int, count: int = 3) -> None:
     """Remove what epochs up to this one have saved, but the last three."""
     for number, path in list(epochs(folder).items())[count:]:
         if number < epoch:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def start_over(folder: Path) -> None:
@@ -191,7 +192,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def load_run(path: str | os.PathLike) -> dict:
     """A checkpoint to go on from."""
     saved = load(path)
-    if not {'optimizer', 'settings', 'step'} <= saved.keys():  # an older version had no step
+    if not {'optimizer', 'settings', 'step', 'lists'} <= saved.keys():  # an older version had no step
         raise ValueError(f'{path}: weights, but no run to go on with; --init starts from them')
     return saved
 

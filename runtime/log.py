@@ -96,9 +96,9 @@ class Log:
             if not torch.stack([*means.values()]).isfinite().all():
                 step -= self.epoch * (self.end // (self.epoch + 1))
                 trouble = (
-                    f'loss is not finite in epoch {self.epoch + 1} step {step + 1}, rank {rank()}; neither '
-                    'the weights nor the checkpoints were touched by it. A lower --lr or --clip-norm may '
-                    f'help, or a look at its {len(paths)} files:\n  ' + '\n  '.join(paths[:5])
+                    f'loss is not finite in epoch {self.epoch + 1} step {step + 1}, rank {rank()}; no '
+                    'checkpoint was touched by it. A lower --lr or --clip-norm may help, or a '
+                    f'look at its {len(paths)} files:\n  ' + '\n  '.join(paths[:5])
                 ) + '\n  ...' * (len(paths) > 5)
                 break
         distributed.stop_together(trouble)
@@ -169,6 +169,7 @@ class Log:
 
     def validation(self, result: dict[str, float]) -> None:
         """Write what the validation of this epoch gave."""
+        self.bar.close()  # still open if nothing was left to train in the epoch
         self.write({'epoch': self.epoch + 1, 'mode': 'val', **result}, 'val')
         shown = '  '.join(f'{key} {value:.1%}' for key, value in result.items())
         show(f'epoch {self.epoch + 1}/{self.epochs} validation  {shown}')
@@ -198,7 +199,7 @@ def introduce(
         advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
         show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
     if args.compile:
-        show('compiling: the first 100 steps run without it, the next ones take minutes')
+        show('compiling: the first 100 batches of a run do without, the next one takes minutes')
     if saved:
         harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(args).items():
