@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice, takewhile
 from typing import NamedTuple
 
 import av
@@ -324,7 +323,7 @@ def _kind(name: str, splitter: BitStreamFilterContext, packet: av.Packet) -> int
 def _mpeg4(extradata: bytes, coded: re.Pattern, packet: av.Packet) -> int | None:
     head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
     head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
-    if head not in extradata or b'\0\0\1\xb6' in picture or not coded.match(_digits(picture[:16])):
+    if head not in extradata or b'\0\0\1\xb6' in picture or not coded.match(_bits(picture[:16])):
         return None  # new parameters, two pictures, or one that is not coded, which stands for none
     return STARTS if packet.is_keyframe else FOLLOWS
 
@@ -374,6 +373,9 @@ def _units(data: bytes | av.Packet, prefix: int) -> Iterator[bytes | memoryview]
         at += prefix + size
 
 
+NUMBER = '(?:' + '|'.join(f'{"0" * n}1{"." * n}' for n in range(32)) + ')'  # Exp-Golomb: zeros say how long
+
+
 def _h264_layers(parameters: list[bytes]) -> int:
     """1, but 0 unless the stream is of a common profile, in one size, and pictures are never single fields.
 
@@ -382,32 +384,20 @@ def _h264_layers(parameters: list[bytes]) -> int:
     sets = [unit for unit in parameters if unit[0] & 31 == 7]
     if len(sets) != 1 or sets[0][1:2] not in (b'B', b'M', b'd', b'n', b'z'):
         return 0  # the profiles: Baseline, Main, High, High 10, High 4:2:2
-    bits = _bits(sets[0][4:])
-    _number(bits)  # its own
-    if sets[0][1] >= 100:
-        if _number(bits) == 3:  # 4:4:4 all the same
-            return 0
-        _number(bits), _number(bits)  # bits of luma and chroma
-        if [*islice(bits, 2)] != ['0', '0']:  # lossless, or with matrices, which would have to be read here
-            return 0
-    _number(bits)  # digits of a picture's number
-    order = _number(bits)
-    if order == 1:  # a rare one, with a table
-        return 0
-    if order == 0:
-        _number(bits)
-    _number(bits), next(bits, ''), _number(bits), _number(bits)  # references, gaps allowed, width, height
-    return int(next(bits, '0'))
+    # The latter three: not 4:4:4 all the same, bits of luma and chroma, not lossless, no matrices
+    high = f'(?!00100){NUMBER}{NUMBER}{NUMBER}00' if sets[0][1] >= 100 else ''
+    # Its own number, digits of a picture's, order (one is rare, with a table), references, gaps, size, frames
+    known = f'{NUMBER}{high}{NUMBER}(1{NUMBER}|011){NUMBER}.{NUMBER}{NUMBER}1'
+    return int(bool(re.match(known, _bits(sets[0][4:].replace(b'\0\0\3', b'\0\0')))))
 
 
 def _hevc_layers(parameters: list[bytes]) -> int:
     """The number of temporal layers; 0 unless the stream has one size and all pictures are to be shown."""
     sets = [unit for unit in parameters if unit[0] >> 1 == 33]
-    for bits in [_bits(unit[2:]) for unit in parameters if unit[0] >> 1 == 34]:
-        _number(bits), _number(bits), next(bits, '')  # its own, its set's, dependent slices
-        if next(bits, '') != '0':
-            return 0
-    return (sets[0][2] >> 1 & 7) + 1 if len(sets) == 1 else 0
+    pictures = [unit[2:].replace(b'\0\0\3', b'\0\0') for unit in parameters if unit[0] >> 1 == 34]
+    # Their own number, their sequence's, dependent slices, whether some may not be shown
+    known = all(re.match(f'{NUMBER}{NUMBER}.0', _bits(unit)) for unit in pictures)
+    return (sets[0][2] >> 1 & 7) + 1 if known and len(sets) == 1 else 0
 
 
 def _mpeg4_coded(extradata: bytes) -> re.Pattern:
@@ -417,21 +407,11 @@ def _mpeg4_coded(extradata: bytes) -> re.Pattern:
     (of a buffer, too), a rectangle's mark.
     """
     header = '.{9}(0|1.{7})(1111.{16}|(?!1111).{4})(0|1...(0|1.{79}))001(.{16})'
-    found = re.match(header, _digits(extradata.partition(b'\0\0\1\x20')[2]))
+    found = re.match(header, _bits(extradata.partition(b'\0\0\1\x20')[2]))
     if not found:
         raise LookupError('mpeg4')
     return re.compile(f'(0.|11)1*01.{{{max((int(found[5], 2) - 1).bit_length(), 1)}}}11')
 
 
-def _digits(data: bytes) -> str:
+def _bits(data: bytes) -> str:
     return ''.join(f'{byte:08b}' for byte in data)
-
-
-def _bits(unit: bytes) -> Iterator[str]:
-    return iter(_digits(unit.replace(b'\0\0\3', b'\0\0')))
-
-
-def _number(bits: Iterator[str]) -> int:
-    """Exp-Golomb: as many digits follow the first 1 as zeros precede it."""
-    zeros = sum(1 for _ in takewhile('0'.__eq__, bits))
-    return int('1' + ''.join(islice(bits, zeros)), 2) - 1

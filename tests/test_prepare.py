@@ -449,6 +449,34 @@ def test_encode_keeps_colours(name, tmp_path):
     assert np.abs(difference).max() < 2.6, difference  # how swscale rounds 10 bits, 4:4:4 and 4:2:0 differs
 
 
+UNEVEN = np.cumsum([120 if i % 7 == 3 else 24 for i in range(20)])  # in 1/600 s
+
+
+@pytest.mark.parametrize(
+    ('file', 'options'),
+    [
+        ('a.gif', dict(codec='gif', pix_fmt='rgb8', times=UNEVEN)),
+        ('a.gif', dict(num_frames=1, codec='gif', pix_fmt='rgb8')),
+        ('a.apng', dict(codec='apng', pix_fmt='rgba')),
+        ('a.mov', dict(codec='qtrle', pix_fmt='rgb555be', size=(49, 64))),
+        ('a.y4m', dict(codec='wrapped_avframe')),
+        ('a.f4v', dict(pix_fmt='yuv444p', times=UNEVEN)),
+        ('a.m2v', dict(codec='mpeg2video', options={'bf': '2'})),
+        ('a.wmv', dict(codec='wmv2', size=(48, 64), times=UNEVEN)),
+        ('a.avi', dict(num_frames=6, codec='mjpeg', pix_fmt='yuvj420p', times=range(0, 480, 80))),
+    ],
+)
+def test_encode_has_every_frame_at_its_time(file, options, tmp_path):
+    path = write_video(tmp_path / file, **{'num_frames': 20, 'size': (49, 67), **options})
+    prepare.encode_video(path, str(tmp_path / 'copy.mp4'), 256, 4, 21)
+    with VideoReader(path) as video, VideoReader(tmp_path / 'copy.mp4') as copy:
+        order = range(len(video))
+        assert len(copy) == len(video) == options.get('num_frames', 20)
+        np.testing.assert_allclose(copy.times(order), video.times(order), atol=1e-3)
+        before, after = (part.get_batch(order).mean((1, 2)) for part in (video, copy))
+        assert np.abs(before - after).max() < 3
+
+
 @needs_real_files
 @pytest.mark.parametrize('name', ['video_90.mov', 'yes.mkv'])
 def test_encode_real_files_of_telephones_and_full_range(name, tmp_path):
