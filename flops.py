@@ -56,10 +56,8 @@ def parameters(module: nn.Module) -> int:
 
 
 def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
-    """Print what 256 epochs on Kinetics-400 and ImageNet take, where CPUs decode what GPUs learn from."""
-    videos, images, epochs = 240_435, 1_281_167, 256
-    steps = max(videos // (16 * args.gpus), 1)
-    images_per_gpu = images // (steps * args.gpus)
+    """Print what a run of the recipe takes, in which CPUs decode what GPUs learn from."""
+    epochs, steps, images_per_gpu = args.epochs, max(args.videos // (16 * args.gpus), 1), 85
     clips, pictures = (epochs * steps * args.gpus * count for count in (16, images_per_gpu))
     work = 3 * 2 * (clips * clip_macs + pictures * image_macs)  # the backward pass costs two forward passes
     gpu_hours = epochs * steps * args.step_ms / 3.6e6
@@ -88,14 +86,16 @@ def main() -> None:
         epilog=__doc__.split('\n\n', 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, count, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
-    add('--size', type=count, default=224, help='side of the crop (default: %(default)s)')
-    add('--clip-len', type=count, default=8, help='frames of a clip (default: %(default)s)')
+    add, whole, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
+    add('--size', type=whole, default=224, help='side of the crop (default: %(default)s)')
+    add('--clip-len', type=whole, default=8, help='frames of a clip (default: %(default)s)')
     add('--plan', action='store_true', help='what the published recipe takes, from these rates:')
-    add('--gpus', type=count, default=8, help='GPUs (default: %(default)s)')
-    add('--cores', type=count, default=96, help='CPU cores for decoding (default: %(default)s)')
+    add('--videos', type=whole, default=240_435, help='training videos; these are Kinetics-400')
+    add('--epochs', type=whole, default=256, help='passes over the videos (default: %(default)s)')
+    add('--gpus', type=whole, default=8, help='GPUs (default: %(default)s)')
+    add('--cores', type=whole, default=96, help='CPU cores for decoding (default: %(default)s)')
     step = 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step` (default: %(default)s)'
-    add('--step-ms', type=above_0, default=70, help=step)
+    add('--step-ms', type=above_0, default=53, help=step)
     for flag, default, unit in (
         ('--clip-ms', (42, 8.4), 'CPU time from a video to a training clip: `tests/bench.py clip`'),
         ('--image-ms', (1.3, 0.6), 'CPU time from a JPEG to a training image'),

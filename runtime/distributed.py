@@ -110,7 +110,7 @@ def join(program: str) -> torch.device:
         store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun keeps this store when it restarts the processes, which must not meet the old ones' keys
-            # (pytorch issue 135712). On several nodes the counts may differ; the README says what helps.
+            # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
             store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCS = '\n'.join(path.read_text() for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))])
 SCRIPTS = ('train.py', 'evaluate.py', 'flops.py', 'prepare.py')
 sys.path.insert(0, str(ROOT))
 

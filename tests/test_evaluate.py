@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import ROOT, run, write_video
+from conftest import DOCS, ROOT, run, write_video
 
 import data
 import evaluate
@@ -160,8 +160,7 @@ def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
 
 
 def test_the_readme_s_export_gives_the_same_logits(demo, checkpoint):
-    readme = (ROOT / 'README.md').read_text()
-    code = readme.split('<!-- export -->')[1].split('python -c "')[1].split('"\n```')[0]
+    code = DOCS.split('<!-- export -->')[1].split('python -c "')[1].split('"\n```')[0]
     code = code.replace('work_dirs/omni/best.pth', 'small.pth').replace('256, 256', '64, 64')
     result = subprocess.run(
         [sys.executable, '-c', code], cwd=demo, env={**os.environ, 'PYTHONPATH': str(ROOT)}

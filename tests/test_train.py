@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import DOCS, ROOT, run
 
 import data
 import evaluate
@@ -357,37 +357,42 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
     assert 'taken: no checkpoint in it is whole' in fails(train.main, f'{lists} --work-dir taken')
 
 
-def test_the_readme_s_recipes_do_what_they_say():
-    """Each piece of code, as it stands there, with what surrounds it where it is to be put."""
-    code = (ROOT / 'README.md').read_text().split('<!-- recipes -->\n```python\n')[1].split('```')[0]
-    weights, frozen, features, jitter = re.split(r'\n(?=# (?:a frozen|features|a colour))', code)
-    batch = {'video': None, 'image': None}
-    logits = {source: torch.randn(6, 3) for source in batch}
-    labels = {source: torch.tensor([0, 1, 2, 2, 1, 0]) for source in batch}
-    space = {'F': F, 'batch': batch, 'logits': logits, 'labels': labels}
+def test_the_recipes_do_what_they_say():
+    """Each piece of code, as it stands in the docs, with what surrounds it where it is to be put."""
+    code = DOCS.split('<!-- recipes -->\n```python\n')[1].split('```')[0]
+    weights, features, jitter, smoothing, mixup, ema, plot = re.split(r'\n\n(?=# )', code.strip())
+    labels = {source: torch.tensor([0, 1, 2, 2, 1, 0]) for source in ('video', 'image')}
+    logits = {source: torch.randn(6, 3) for source in labels}
+    space = {'F': F, 'batch': labels, 'logits': logits, 'labels': labels, 'torch': torch}
     space['class_weights'] = torch.tensor([1.0, 0.0, 0.0])
     exec(weights, space)
     first = F.cross_entropy(logits['video'][[0, 5]], labels['video'][[0, 5]])
     torch.testing.assert_close(space['losses']['video'], first)
     torch.testing.assert_close(space['losses']['image'], F.cross_entropy(logits['image'], labels['image']))
+    exec(smoothing, space)
+    hard, even = -logits['video'].log_softmax(1)[range(6), labels['video']], -logits['video'].log_softmax(1)
+    torch.testing.assert_close(space['losses']['video'], 0.9 * hard.mean() + 0.1 * even.mean())
+
+    clips = torch.randint(0, 256, (6, 3, 2, 4, 4), dtype=torch.uint8)
+    before, after = mixup.split('# and after')
+    exec(before, space | (given := {'pixels': {'video': clips}}), given)
+    share, mixed = given['share'], given['pixels']['video']
+    assert 0.5 <= share <= 1
+    torch.testing.assert_close(mixed[0], share * clips[0].float() + (1 - share) * clips[5].float())
+    plain = {source: F.cross_entropy(logits[source], labels[source]) for source in labels}
+    exec(f'#{after}', space | {'losses': plain, 'share': share})
+    target = share * F.one_hot(labels['video'], 3) + (1 - share) * F.one_hot(labels['video'], 3).flip(0)
+    torch.testing.assert_close(plain['video'], F.cross_entropy(logits['video'], target))
 
     network = OmniSlowOnly(3, 3, (1, 1, 1, 1), 8)
-    exec(frozen, {'network': network})
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, fused=True)
-    pixels = {'video': torch.rand(4, 3, 2, 32, 32) * 255, 'image': torch.rand(4, 3, 32, 32) * 255}
-    items = {s: data.Batch(x, torch.tensor([0, 1, 2, 0]), [], []) for s, x in pixels.items()}
-    scaler = torch.amp.GradScaler('cpu', enabled=False)
-    train.train_step(network, optimizer, scaler, [items], [0], torch.device('cpu'))
-    moved = {key.split('.')[0] for key, v in network.state_dict().items() if not torch.equal(v, before[key])}
-    assert moved == {'video_head', 'image_head'}
-
-    space = {'network': network, 'clips': pixels['video']}
-    exec(features, space)
-    assert space['features'].shape == (4, 32 * 8)
+    exec(features, space := {'network': network, 'clips': clips})
+    assert space['features'].shape == (6, 32 * 8)
+    exec(ema, {'torch': torch, 'network': network, 'state': (state := {})})
+    assert state['average'].keys() == network.state_dict().keys()
     space = {'frames': torch.full((3, 8, 8), 200, dtype=torch.uint8), 'rng': data.generator('test', 1)}
     exec(jitter, {'torch': torch}, space)
     assert space['frames'].dtype == torch.uint8 and 120 <= space['frames'].unique().item() <= 255
+    assert compile(plot, 'plot', 'exec')
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
@@ -443,7 +448,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
                 target = folder / mine / label / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(folder / f'data/demo/{source}s_{split}' / file)
-    line = (ROOT / 'README.md').read_text().split('<!-- fine-tune -->\n```\n')[1].split('\n```')[0]
+    line = DOCS.split('<!-- fine-tune -->\n```\n')[1].split('\n```')[0]
     line = line.replace('\\\n', ' ').replace('python ', '').replace('work_dirs/omni', 'work_dirs/demo')
     output = run(f'{line} --layers 1 1 1 1 --width 8 --size 56 --workers 1 --log-interval 1', folder).stdout
     assert 'with a new head for images and videos' in output and 'times the recipe' not in output
@@ -461,10 +466,9 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
 def test_the_readme_s_comparison_follows_from_its_runs():
     """The tables of `claim.py`, and a row of the first two calculated without it."""
     records = [json.loads(line) for line in (REFERENCE / 'claim.jsonl').read_text().splitlines()]
-    readme = (ROOT / 'README.md').read_text()
     for title, _, rows in claim.tables(records):
         for row in rows:
-            assert f'| {" | ".join(row)} |' in readme, title
+            assert f'| {" | ".join(row)} |' in DOCS, title
     for metric in ('looks', 'top1'):
         cells, means = [], {}
         for arm in ('videos', 'images first', 'joint'):
@@ -473,8 +477,8 @@ def test_the_readme_s_comparison_follows_from_its_runs():
             values = np.array([own[seed] for seed in range(10)])
             cells.append(f'{values.mean():.1f} ± {values.std(ddof=1):.1f}')
             means[arm] = values.mean()
-        assert f'| 2 | {" | ".join(cells)} |' in readme
-    assert f'| 2 | {means["joint"] - means["images first"]:+.1f} [' in readme
+        assert f'| 2 | {" | ".join(cells)} |' in DOCS
+    assert f'| 2 | {means["joint"] - means["images first"]:+.1f} [' in DOCS
 
 
 def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
