@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-EVEN_BATCHES = 100  # of a run; see `set_momentum`
+EVEN_STEPS = 100  # of a run; see `set_momentum`
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -53,15 +53,18 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in network.named_buffers() if 'running_' in name]
 
 
-def set_momentum(network: nn.Module, number: int) -> None:
-    """Let batch `number` of a run, counted from 1, count as much as each before it in the running statistics.
+def set_momentum(network: nn.Module, number: int, per_step: int = 1) -> None:
+    """The momentum of the running statistics for batch `number` of a run, counted from 1.
 
-    The momentum is 1 / number until the recipe's is more, after EVEN_BATCHES. With 0.01 from the start, a
-    hundred steps would be evaluated with a third of what was there before: 0 and 1, or other data's.
+    In the first hundred steps it is 1 / number, so that all batches count alike. With the recipe's 0.01 from
+    the start, a hundred steps would be evaluated with a third of what was there before: 0 and 1, or the
+    statistics of other data. Later it is the layer's own, shared by the `per_step` batches of a step.
     """
+    even = 1 / number if number <= EVEN_STEPS * per_step else 0
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.momentum = max(1 / number, 0.01 if isinstance(module, BatchNorm) else 0.1)
+            module.own_momentum = getattr(module, 'own_momentum', module.momentum)
+            module.momentum = max(even, module.own_momentum / per_step)
 
 
 class TemporalConv(nn.Conv2d):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import prepare
-from model import EVEN_BATCHES, OmniSlowOnly, running_statistics, set_momentum
+from model import EVEN_STEPS, OmniSlowOnly, running_statistics, set_momentum
 from runtime import checkpoint, distributed, log
 from runtime.distributed import rank, show, together, world_size
 from runtime.guard import Guard
@@ -198,13 +198,13 @@ def train_step(
     device: torch.device,
     precision: str = 'fp32',
     clip_norm: float = 40,
-    seen: int = EVEN_BATCHES,
+    seen: int = 2**31,
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
     """One joint step on batches of `data.collate`: videos and images, one summed loss, one update.
 
     More than one batch is gradient accumulation: each is normalized by itself, as if another process had it.
     `seeds` are for the dropout of each batch; nothing else here is random. `seen` is how many batches this
-    process has trained on before.
+    process has trained on before; see `set_momentum`.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
     on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
@@ -216,10 +216,9 @@ def train_step(
         pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
         labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
         net.require_backward_grad_sync = number == len(batches)  # DDP's `no_sync`, but for the last
-        early = seen + number <= EVEN_BATCHES
-        if early:
-            set_momentum(net, seen + number)
-        # torch.compile would compile again for each momentum, so it begins afterwards.
+        set_momentum(net, seen + number, len(batches))
+        # torch.compile would compile again for each momentum, so it begins when that stays the same.
+        early = seen + number <= EVEN_STEPS * len(batches)
         eager = torch.compiler.set_stance('force_eager') if early else nullcontext()
         with eager, distributed.autocast(device, precision):
             logits = net(pixels)  # of videos (16, 400), of images (85, 1000)

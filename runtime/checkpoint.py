@@ -206,8 +206,8 @@ def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | N
     ValueError.
     """
     saved, path = newest(folder)
-    own = saved and resume in (path, saved['settings']['resume'])
-    if resume and (resume == 'auto' or own):
+    own = saved and resume and os.path.realpath(resume) == os.path.realpath(path)
+    if resume == 'auto' or own or saved and resume and saved['settings']['resume'] == resume:
         show(f'resuming from {path}' if saved else f'nothing to resume in {folder}: starting afresh')
         return saved, path
     if saved and not (demo and not resume and saved['settings'].get('demo')):
@@ -236,7 +236,9 @@ def newest(folder: Path) -> tuple[dict | None, str]:
             damaged += 1
             show(f'skipping {error}')
     if damaged:
-        raise ValueError(f'{folder}: no checkpoint in it is whole; move them away to start afresh')
+        raise ValueError(
+            f'{folder}: no run in it can be gone on with; move its checkpoints away to start afresh'
+        )
     return None, ''
 
 

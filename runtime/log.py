@@ -199,7 +199,7 @@ def introduce(
         advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
         show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
     if args.compile:
-        show('compiling: the first 100 batches of a run do without, the next one takes minutes')
+        show('compiling: the first 100 steps of a run do without, the next one takes minutes')
     if saved:
         harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(args).items():

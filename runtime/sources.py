@@ -136,6 +136,8 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
                 'run from its weights'
             )
         paths, labels = source.train.files.fingerprint
+        if name not in saved['lists']:
+            raise ValueError(f'{path}: has learned no {name}s; --init starts a new run from its weights')
         old_paths, old_labels = saved['lists'][name][0]
         if paths == old_paths and labels != old_labels:
             raise ValueError(
@@ -232,7 +234,8 @@ def read_list(
     plain = frames.pop(None, None)
     # Two numbers are two labels where not all lines have two, or all numbers of frames could be labels.
     if frames and (plain or max(frames) < min(16, max(labels) + 1)):
-        raise ValueError(f'{list_file}:{min(frames.values())}: {several}')
+        doubt = '' if plain else '. Numbers of frames as small as these look like labels and can be left out'
+        raise ValueError(f'{list_file}:{min(frames.values())}: {several}{doubt}')
     highest = int(np.argmax(labels))
     if not num_classes and labels[highest] > 10_000 + 10 * len(labels):
         raise ValueError(
@@ -343,7 +346,7 @@ def read_label_map(path: str) -> list[str]:
         if columns or header:
             raise ValueError(
                 f'{path}:{at}: {first!r} begins a table whose rows are not numbered 0 to {len(rows) - 1}; '
-                f'{expected}'
+                f'{expected}. If it is a class itself, number the lines'
             )
         names = rows
     lines = {}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,7 +241,7 @@ def test_a_folder_names_its_newest_checkpoint(tmp_path):
 
 
 def test_damaged_checkpoints_are_named_and_skipped(tmp_path, trained, capsys):
-    state = {'model': trained, 'optimizer': {}, 'settings': {}, 'step': 3}
+    state = {'model': trained, 'optimizer': {}, 'settings': {}, 'step': 3, 'lists': {}}
     checkpoint.write(state, tmp_path, 'epoch_9.pth', 'epoch_10.pth', 'latest.pth')
     whole = (tmp_path / 'latest.pth').read_bytes()
     flipped = bytearray(whole)
@@ -252,7 +253,7 @@ def test_damaged_checkpoints_are_named_and_skipped(tmp_path, trained, capsys):
     assert f'skipping {tmp_path}/latest.pth: a damaged checkpoint (wrong checksum' in shown[0]
     assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint of train.py or MMAction2, or a' in shown[1]
     (tmp_path / 'epoch_9.pth').unlink()
-    with pytest.raises(ValueError, match='no checkpoint in it is whole'):
+    with pytest.raises(ValueError, match='no run in it can be gone on with'):
         checkpoint.newest(tmp_path)
 
 
@@ -562,3 +563,29 @@ def test_torchvision_s_weights_have_names(tmp_path, monkeypatch, resnet):
         assert fault(checkpoint.load, name) == line
     code = 'import sys; from runtime import checkpoint; assert "torchvision" not in sys.modules'
     run(['-c', code], ROOT)
+
+
+def test_what_a_run_goes_on_from(tmp_path, trained, monkeypatch):
+    """A line that is started again loses nothing; going back takes another folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def state(step, resume=None, **settings):
+        settings = {'resume': resume, **settings}
+        return {'model': trained, 'optimizer': {}, 'step': step, 'lists': {}, 'settings': settings}
+
+    a, b, new = (Path(name) for name in ('a', 'b', 'new'))
+    a.mkdir(), b.mkdir(), new.mkdir()
+    checkpoint.write(state(3), a, 'epoch_1.pth')
+    checkpoint.write(state(5), a, 'latest.pth')
+    for resume in ('auto', 'a/latest.pth', './a//latest.pth', str(tmp_path / 'a/latest.pth')):
+        assert checkpoint.find(resume, a)[0]['step'] == 5
+    assert checkpoint.find(None, new) == checkpoint.find('auto', new) == (None, '')
+    assert checkpoint.find('a/epoch_1.pth', new)[0]['step'] == 3
+    checkpoint.write(state(4, 'a/epoch_1.pth'), new, 'latest.pth')  # what that line has trained since
+    assert checkpoint.find('a/epoch_1.pth', new)[0]['step'] == 4
+    refused = 'a holds a run: --resume alone goes on with it, --work-dir takes another folder'
+    for resume in (None, 'a/epoch_1.pth', 'new/latest.pth'):
+        assert fault(checkpoint.find, resume, a) == refused
+    assert fault(checkpoint.find, None, a, True) == refused
+    checkpoint.write(state(9, demo=True), b, 'latest.pth')
+    assert checkpoint.find(None, b, True) == (None, '')

@@ -257,4 +257,4 @@ def test_class_folders_are_not_guessed_to_be_a_lists_labels(tmp_path, monkeypatc
         open_sources(options)
     (tmp_path / 'names.txt').write_text('b\na\n')
     (source,) = open_sources(f'{options} --image-labels names.txt')
-    assert source.val.samples.labels.tolist() == [1, 0]
+    assert source.val.files.labels.tolist() == [1, 0]

@@ -354,7 +354,7 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
         f'--{k}-list data/demo/{v}_train.txt --{k}-root data/demo/{v}s_train'
         for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
     )
-    assert 'taken: no checkpoint in it is whole' in fails(train.main, f'{lists} --work-dir taken')
+    assert 'taken: no run in it can be gone on with' in fails(train.main, f'{lists} --work-dir taken')
 
 
 def test_the_recipes_do_what_they_say():
