@@ -13,11 +13,11 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, default_collate
 from video import VideoReader
 
 Image.init()
+Image.register_extensions('HEIC', ['.heic', '.heif'])
 UNREAD = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF'  # formats that Pillow names only
 IMAGE_ENDINGS = '.jpg', '.png', *(ending for ending, kind in Image.EXTENSION.items() if kind not in UNREAD)
 VIDEO_ENDINGS = tuple(
@@ -40,7 +41,17 @@ VIDEO_ENDINGS = tuple(
 ENDINGS = VIDEO_ENDINGS + IMAGE_ENDINGS
 
 
-def generator(purpose: str, *numbers: int) -> np.random.Generator:
+def refuse_heic(file, name: str) -> NoReturn:
+    raise ValueError('HEIC is not read; save it as JPEG')
+
+
+HEIC = b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'
+Image.register_open('HEIC', refuse_heic, lambda start: start[4:8] == b'ftyp' and start[8:12] in HEIC)
+READ = [kind for kind in Image.ID if kind not in UNREAD]
+Rng = np.random.Generator
+
+
+def generator(purpose: str, *numbers: int) -> Rng:
     """A random generator that follows from its purpose and non-negative numbers alone."""
     return np.random.default_rng([zlib.crc32(purpose.encode()), *numbers])
 
@@ -62,6 +73,14 @@ class FileList:
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
+    def lost(self, unreadable: Iterable[int], kind: str, names: list[str] | None) -> list[str]:
+        """A line for each class whose files are all among the unreadable ones."""
+        counts = np.bincount(self.labels)
+        lost = counts == np.bincount(self.labels[[*unreadable]], minlength=len(counts))
+        names = names or [f'class {label}' for label in range(len(counts))]
+        text = "{} of '{}' ({} files): none can be read"
+        return [text.format(kind, names[i], counts[i]) for i in np.flatnonzero(lost & (counts > 0))]
+
     @cached_property
     def fingerprint(self) -> list[str]:
         """A digest of the names, and one of their labels."""
@@ -73,6 +92,7 @@ class Sample(NamedTuple):
     label: int
     path: str
     bad: list[str]  # `path: reason` of the unreadable files met on the way
+    lost: list[int] = []  # their places in the list
 
 
 class Batch(NamedTuple):
@@ -82,6 +102,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (B,)
     paths: list[str]
     bad: list[str]
+    lost: list[int] = []
 
 
 @dataclass(eq=False)
@@ -103,7 +124,7 @@ class FileDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def generator(self, what: str, epoch: int, index: int) -> np.random.Generator:
+    def generator(self, what: str, epoch: int, index: int) -> Rng:
         """What a training sample's random choices come from."""
         return generator(f'{self.purpose or type(self).__name__} {what}', self.seed, epoch, index)
 
@@ -112,16 +133,17 @@ class FileDataset(Dataset):
         from the same key takes the place of an unreadable file."""
         training = self.mode == 'train'
         epoch, index = key if training else (0, key)
-        place, bad, replacements = index, [], self.generator('replacements', epoch, index)
+        place, bad, lost, replacements = index, [], [], self.generator('replacements', epoch, index)
         while True:
             path, label = self.files.path(place), int(self.files.labels[place])
             try:
                 rng = self.generator('augmentation', epoch, index) if training else None
-                return Sample(self.load(path, rng), label, path, bad)
+                return Sample(self.load(path, rng), label, path, bad, lost)
             except Exception as error:  # damaged files raise whatever the decoder trips over
                 bad.append(f'{path}: {one_line(error)}')
+                lost.append(place)
             if not training or len(bad) > 10:
-                return Sample(None, label, path, bad)
+                return Sample(None, label, path, bad, lost)
             place = int(replacements.integers(len(self)))
 
 
@@ -147,7 +169,7 @@ class VideoDataset(FileDataset):
         """Of a training sample."""
         return 3, self.clip_len, self.size, self.size
 
-    def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
+    def load(self, path: str, rng: Rng | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
         num_clips, num_crops = (self.num_clips, self.num_crops) if self.mode == 'test' else (1, 1)
         with VideoReader(path) as video:
@@ -168,10 +190,8 @@ class VideoDataset(FileDataset):
         if self.mode == 'train':
             frames = frames.flip(-1) if self.flip and rng.random() < 0.5 else frames
             return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
-        if num_crops == 3:
-            crops = three_crops(frames)
-        else:
-            crops = center_crop(frames, self.size if self.mode == 'val' else self.short_side).unsqueeze(0)
+        size = self.size if self.mode == 'val' else self.short_side
+        crops = three_crops(frames) if num_crops == 3 else center_crop(frames, size).unsqueeze(0)
         views = crops[:, place.reshape(clips.shape)]  # (crops, N, 3, S, S) -> (crops, clips, T, 3, S, S)
         return views.flatten(0, 1).transpose(1, 2)
 
@@ -188,13 +208,16 @@ class ImageDataset(FileDataset):
     def shape(self) -> tuple[int, ...]:
         return 3, self.size, self.size
 
-    def load(self, path: str, rng: np.random.Generator | None) -> Tensor:
+    def load(self, path: str, rng: Rng | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
-        with quietly(), Image.open(path) as image:  # its size is known, nothing decoded yet
+        with open_image(path) as image:  # its size is known, nothing decoded yet
             if self.mode == 'train':
                 if image.format not in ('JPEG', 'MPO'):  # whose metadata may come last, or change the size
                     image = upright(image)
-                width, height = image.size[::-1] if lies_on_its_side(image) else image.size
+                width, height = image.size
+                with suppress(Exception):  # broken metadata raises anything; the picture may be sound
+                    if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+                        width, height = height, width
                 box = crop_box(height, width, rng)
                 # Of a JPEG far larger than needed, libjpeg decodes a half, a quarter or an eighth.
                 scale = self.size / min(box[2:])
@@ -211,19 +234,26 @@ class ImageDataset(FileDataset):
 
 
 @contextmanager
-def quietly():
-    """Odd metadata, and pictures of up to 180 megapixels, are read without Pillow's warnings."""
+def open_image(path: str) -> Iterator[Image.Image]:
+    """A picture as Pillow opens it, without warnings of odd metadata or of 90 megapixels, up to 180."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        yield
+        with Image.open(path, formats=READ) as image:
+            yield image
 
 
-def lies_on_its_side(image: Image.Image) -> bool:
-    """Whether height and width will change places in `upright`."""
+def is_image(path: str) -> bool:
+    """Whether a file is for ImageDataset where no list says so: Pillow opens it, and it does not play.
+    Anything else is for VideoDataset."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # broken metadata raises anything; the picture may be sound
+        with open_image(path) as image:
+            if image.format in ('AVIF', 'FLI', 'GIF', 'PNG'):  # of WebP, FFmpeg plays no animation
+                return image.n_frames - getattr(image, 'default_image', False) == 1
+            return not path.lower().endswith(('.mjpg', '.mjpeg'))  # Pillow sees their first frame
+    except OSError:  # not Pillow's; VideoReader will say what else is wrong
         return False
+    except Exception:  # a picture that reading will tell what is wrong with
+        return True
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -258,11 +288,7 @@ def one_line(error: Exception) -> str:
 
 
 def sample_frames(
-    num_frames: int,
-    clip_len: int = 8,
-    frame_interval: int = 8,
-    num_clips: int = 1,
-    rng: np.random.Generator | None = None,
+    num_frames: int, clip_len: int = 8, frame_interval: int = 8, num_clips: int = 1, rng: Rng | None = None
 ) -> np.ndarray:
     """Frame numbers of `num_clips` clips of a video with `num_frames` frames -> int64 (num_clips, clip_len).
 
@@ -280,7 +306,7 @@ def sample_frames(
     return (starts.astype(np.int64)[:, None] + np.arange(clip_len) * frame_interval) % num_frames
 
 
-def crop_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, rng: Rng) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random part: 0.08 to 1 of the area, a ratio of 3/4 to 4/3; where ten
     tries do not fit it is the centre square."""
     for _ in range(10):
@@ -303,11 +329,9 @@ def three_crops(pixels: Tensor) -> Tensor:
     """uint8 (..., C, H, W) -> (3, ..., C, S, S), S the short side: the two ends and the middle of the long
     side."""
     height, width = pixels.shape[-2:]
-    size = min(height, width)
+    axis, size = -2 if height > width else -1, min(height, width)
     step = (max(height, width) - size) // 2
-    starts = (0, 2 * step, step)
-    crops = [pixels[..., s : s + size, :] if height > width else pixels[..., s : s + size] for s in starts]
-    return torch.stack(crops)
+    return torch.stack([pixels.narrow(axis, start, size) for start in (0, 2 * step, step)])
 
 
 def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
@@ -342,9 +366,8 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
         weights = [(part * 2048).round().int() for part in (1 - (at - first), at - first)]
         return *(place.long().clamp(0, size - 1) for place in (first, first + 1)), *weights
 
-    (top, bottom, top_weight, bottom_weight), (left, right, left_weight, right_weight) = (
-        taps(*sizes) for sizes in zip(pixels.shape[-2:], (height, width))
-    )
+    top, bottom, top_weight, bottom_weight = taps(pixels.shape[-2], height)
+    left, right, left_weight, right_weight = taps(pixels.shape[-1], width)
     resized = torch.empty(*pixels.shape[:-2], height, width, dtype=torch.uint8)
     for frame, out in zip(pixels, resized):
         frame = frame.contiguous()
@@ -427,13 +450,11 @@ def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
     """A step's samples -> {source: Batch}, clips and images in channels-last memory."""
     batch = {}
     for source in dict.fromkeys(source for source, _ in samples):
-        own = [sample for name, sample in samples if name == source]
-        pixels = None
-        if all(sample.pixels is not None for sample in own):
-            pixels = default_collate([sample.pixels.movedim(0, -1) for sample in own]).movedim(-1, 1)
-        labels = torch.tensor([sample.label for sample in own])
-        bad = [line for sample in own for line in sample.bad]
-        batch[source] = Batch(pixels, labels, [sample.path for sample in own], bad)
+        pixels, labels, paths, *bad = zip(*(sample for name, sample in samples if name == source))
+        stacked = None
+        if all(part is not None for part in pixels):
+            stacked = default_collate([part.movedim(0, -1) for part in pixels]).movedim(-1, 1)
+        batch[source] = Batch(stacked, torch.tensor(labels), [*paths], *(sum(lists, []) for lists in bad))
     return batch
 
 

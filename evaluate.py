@@ -191,7 +191,7 @@ def show_mistakes(
 def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> str:
     """The five likeliest labels of a video or image file, as text; with --timeline the three likeliest of
     each of a video's clips, which are spread evenly over it."""
-    if path.lower().endswith(data.IMAGE_ENDINGS):
+    if data.is_image(path):
         kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
     else:
         clips = {'num_clips': args.clips, 'num_crops': args.crops}

@@ -1,11 +1,9 @@
 """Making data ready: a small set to try things with; files of one's own checked, made faster, looked at.
 
-    python prepare.py demo DIR            the small set of videos and images that `train.py --demo` trains on
-    python prepare.py check LIST-or-DIR   read every file as training will, and name what cannot be read
-    python prepare.py encode SRC DST      a smaller copy of a tree of videos or images that decodes faster
-    python prepare.py show OUT.png        a picture of training samples, as they are read and as they are fed
-
-Each command is a function of that name, `make_demo` the first; `in_parallel` is how they use all cores.
+python prepare.py demo DIR            the small set of videos and images that `train.py --demo` trains on
+python prepare.py check SOURCE        read every file as training will, and name what cannot be read
+python prepare.py encode SRC DST      a smaller copy of a tree of videos or images that decodes faster
+python prepare.py show OUT.png        a picture of training samples, as they are read and as they are fed
 """
 
 import argparse
@@ -39,38 +37,54 @@ from video import VideoReader, local, open_video, turn, upright
 
 
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
-    """Read all files of a list or below a folder as training and evaluation do, and every frame.
+    """Read every file of a list or below a folder, or one file, as training and evaluation do, to its end.
 
-    Returns how many there are, and `path: reason` of each bad one.
+    A list with a fifth of videos is one of videos, else of images; below a folder, and of one file, the
+    content tells. Prints the classes that have no readable file. Returns how many files there are, and
+    `path: reason` of each bad one.
     """
+    as_image, kind, names, files = None, 'files', None, None
     if os.path.isdir(source):
-        paths = list(sources.files_below(source, data.ENDINGS))
+        paths = sources.files_below(source, data.ENDINGS)
         if not paths:
-            raise ValueError(f'{source}: no file below it ends with any of {" ".join(data.ENDINGS)}')
-    elif source.lower().endswith(data.ENDINGS):
+            raise ValueError(f'{source}: no videos or images below it')
+        names, labels = np.unique([os.path.dirname(path) for path in paths], return_inverse=True)
+        names, files = names.tolist(), data.FileList(np.array([*map(os.fsencode, paths)]), labels)
+    elif source.lower().endswith(data.ENDINGS) or data.is_image(source) or not is_text(source):
         paths = [source]
     else:
-        samples = sources.read_list(source, root, videos=True)
-        sources.check_there(samples, source, '--root')
-        paths = [samples.path(index) for index in range(len(samples))]
-    jobs = [(path,) for path in dict.fromkeys(paths)]
-    results = in_parallel(check_file, jobs, 'checking')
-    return len(jobs), sorted(f'{path}: {reason}' for (path,), reason in results if reason)
+        files = sources.read_list(source, root, videos=True)
+        sources.check_there(files, source, '--root')
+        paths = [files.path(index) for index in range(len(files))]
+        some = paths[:: len(paths) // 100 + 1]
+        as_image = sum(map(data.is_image, some)) > 0.8 * len(some)
+        kind = 'images' if as_image else 'videos'
+    jobs = dict.fromkeys((path, as_image) for path in paths)
+    bad = {path: reason for (path, _), reason in in_parallel(check_file, [*jobs], 'checking') if reason}
+    for line in files.lost([i for i, path in enumerate(paths) if path in bad], kind, names) if files else ():
+        print(line)
+    return len(jobs), sorted(f'{path}: {reason}' for path, reason in bad.items())
 
 
-def check_file(path: str) -> None:
-    """Read a file as a training sample is read, then all of it. A damaged one can raise any Exception."""
-    rng = data.generator('check')
-    if path.lower().endswith(data.IMAGE_ENDINGS):
-        data.ImageDataset(None).load(path, rng)  # decodes a large JPEG at half its size or less
-        data.ImageDataset(None, 'val').load(path, None)
-        return
-    data.VideoDataset(None).load(path, rng)
-    data.VideoDataset(None, 'val').load(path, None)  # resizes whole frames
-    with VideoReader(path) as video:
-        check_end(video)
-        for _ in video.frames(range(len(video))):
-            pass
+def is_text(path: str) -> bool:
+    """Whether a file can be a list, as far as its first line tells."""
+    with contextlib.suppress(ValueError):
+        return next(sources.read_lines(path), True) is not None
+    return False
+
+
+def check_file(path: str, as_image: bool | None = None) -> None:
+    """Read a file as training and evaluation do, then all of it; None: as its content says. A damaged one
+    can raise any Exception."""
+    as_image = data.is_image(path) if as_image is None else as_image
+    for mode in ('train', 'val'):  # which decodes a large JPEG at half its size or less; resizes whole frames
+        dataset = data.ImageDataset(None, mode) if as_image else data.VideoDataset(None, mode)
+        dataset.load(path, data.generator('check'))
+    if not as_image:
+        with VideoReader(path) as video:
+            check_end(video)
+            for _ in video.frames(range(len(video))):
+                pass
 
 
 def check_end(video: VideoReader) -> None:
@@ -111,63 +125,60 @@ def encode(
         raise ValueError(f'{source}: not a folder; encode takes a folder of videos or images')
     if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}, which is data')
-    jobs = []
-    for path in sources.files_below(source, data.ENDINGS):
-        jobs.append((path, os.path.join(target, os.path.relpath(path, source)), short_side, gop, crf))
-    if not jobs:
-        raise ValueError(f'{source}: no videos or images below it; they end with {" ".join(data.ENDINGS)}')
-    for folder in {os.path.dirname(job[1]): 0 for job in jobs}:
+    paths = sources.files_below(source, data.ENDINGS)
+    if not paths:
+        raise ValueError(f'{source}: no videos or images below it')
+    copies = [os.path.join(target, os.path.relpath(path, source)) for path in paths]
+    for folder in {*map(os.path.dirname, copies), target}:
         os.makedirs(folder, exist_ok=True)
-    if there := sum(os.path.exists(copy) for _, copy, *_ in jobs):
-        print(f'{there} of {len(jobs)} files are in {target} and stay as they are, whatever their settings')
+    if there := sum(map(os.path.exists, copies)):
+        print(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
     lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
+    jobs = [(*pair, short_side, gop, crf) for pair in zip(paths, copies)]
     try:
         with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
-            bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
+            return len(jobs), sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
     finally:
-        for _, copy, *_ in jobs:
+        for copy in copies:
             Path(f'{copy}.part').unlink(missing_ok=True)  # of what failed, or was stopped
-    return len(jobs), bad
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Write a video or an image anew, its short side at most `short_side` (bicubic). What is small already is
-    copied as it is.
+    """Write a video or an image anew, its short side at most `short_side` (bicubic). Copied as it is: what is
+    as small already and, of videos, H.264 with as many key frames; an animation under the name of an image,
+    which Pillow could not read as a video.
 
     A finished `target` is left alone; one that is there is finished, as it is written beside and renamed.
     Raises OSError where it cannot be written; a damaged source can raise any Exception.
     """
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
-    part = f'{target}.part'
-    if is_small(source, short_side, gop):
-        check_file(source)
+    part, as_image = f'{target}.part', data.is_image(source)
+    if as_image:
+        with data.open_image(source) as image:
+            keep = min(image.size) <= short_side or image.format == 'WEBP' and image.n_frames > 1
+    else:
+        with VideoReader(source) as video:
+            codec, keep = video.stream.codec_context, source.lower().endswith(data.IMAGE_ENDINGS)
+            small = codec.name == 'h264' and min(codec.width, codec.height) <= short_side
+            keep = keep or small and video.group <= gop
+    if keep:
+        check_file(source, as_image)
         shutil.copyfile(source, part)
-    elif source.lower().endswith(data.IMAGE_ENDINGS):
+    elif as_image:
         encode_image(source, part, short_side)
     else:
         encode_video(source, part, short_side, gop, crf)
     os.replace(part, target)
 
 
-def is_small(source: str, short_side: int, gop: int) -> bool:
-    """Whether a file is as small as its copy would be and, of a video, H.264 with as many key frames."""
-    if source.lower().endswith(data.IMAGE_ENDINGS):
-        with data.quietly(), Image.open(source) as image:
-            return min(image.size) <= short_side
-    with VideoReader(source) as video:
-        codec = video.stream.codec_context
-        return codec.name == 'h264' and min(codec.width, codec.height) <= short_side and video.group <= gop
-
-
 def encode_image(source: str, target: str, short_side: int) -> None:
     """Write a JPEG of quality 90, upright."""
-    with data.quietly(), Image.open(source) as image:
-        pixels = data.to_tensor(data.upright(image))
-    height, width = data.short_side_to(short_side, *pixels.shape[-2:])
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    with data.open_image(source) as image:
+        image = data.upright(image).convert('RGB')
+    height, width = data.short_side_to(short_side, image.height, image.width)
     image.resize((width, height), Image.Resampling.BICUBIC).save(target, 'JPEG', quality=90)
 
 
@@ -230,58 +241,56 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Draw the first three training clips and images of epoch 0, as read and as fed, as a PNG."""
-    datasets = []
-    for source, kind in (('video', data.VideoDataset), ('image', data.ImageDataset)):
+    """Draw training clips and images of epoch 0, one of each of three classes, as read and as fed."""
+    rows, titles = [], []
+    for source in ('video', 'image'):
         file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
         if not file and os.path.exists(f'data/demo/{source}_train.txt'):
             file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
-        if file:
-            samples = sources.open_list(file, root, source, None, None, source == 'video')
-            datasets.append(kind(samples, size=args.size))
-    if not datasets:
-        raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
-    rows, titles = [], []
-    for dataset in datasets:
-        for index in range(min(3, len(dataset))):
-            item, path = dataset[0, index], dataset.files.path(index)
-            for line in item.bad:
-                print(line)
-            replaced = f' in place of {path}, which is unreadable' if item.bad else ''
-            titles.append(f'{item.path} (label {item.label}){replaced}, and as it is fed')
-            if item.pixels.ndim == 3:
-                with data.quietly(), Image.open(item.path) as image:
-                    rows.append([data.to_tensor(data.upright(image)), item.pixels])
+        if not file:
+            continue
+        files = sources.open_list(file, root, source, None, None, source == 'video')
+        clip = {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
+        dataset = data.VideoDataset(files, size=args.size, **clip)
+        if source == 'image':
+            dataset = data.ImageDataset(files, size=args.size)
+        for index in np.unique(files.labels, return_index=True)[1][:3].tolist():
+            sample = dataset[0, index]
+            if sample.pixels is None:
+                raise ValueError(f'{file}: 11 samples in a row are unreadable')
+            instead = f' in place of {sample.bad[0]}' if sample.bad else ''
+            titles.append(f'{sample.path} (label {sample.label}) as read and as fed{instead}')
+            if source == 'image':
+                with data.open_image(sample.path) as image:
+                    rows.append([data.to_tensor(data.upright(image)), sample.pixels])
                 continue
-            with VideoReader(item.path) as video:  # the same clip, by the same random numbers
-                clip = data.sample_frames(len(video), rng=dataset.generator('augmentation', 0, index))
-                rows.append(torch.from_numpy(video.get_batch(clip[0])).permute(0, 3, 1, 2))
-            rows.append(item.pixels.transpose(0, 1))
+            with VideoReader(sample.path) as video:  # the same clip, by the same random numbers
+                rng = dataset.generator('augmentation', 0, index)
+                frames = video.get_batch(data.sample_frames(len(video), **clip, rng=rng)[0])
+            rows += [torch.from_numpy(frames).permute(0, 3, 1, 2), sample.pixels.transpose(0, 1)]
             titles.append('')
+    if not rows:
+        raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
     draw_rows(args.out, rows, titles, args.size)
     print(f'wrote {args.out}')
 
 
 def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
-    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, every row under its label.
-
-    A label takes as many lines as it needs. Raises OSError where `out` cannot be written.
-    """
+    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, every row under its label,
+    which takes as many lines as it needs. Raises OSError where `out` cannot be written."""
     gap, line, font = 2, 16, ImageFont.load_default(12)
-    strips = []  # the pictures of a row beside each other
-    for row in rows:
-        fitted = [data.resize(p, size, max(round(p.shape[-1] * size / p.shape[-2]), 1)) for p in row]
-        strip = torch.cat([torch.nn.functional.pad(p, (gap, 0), value=255) for p in fitted], dim=-1)
-        strips.append(Image.fromarray(strip.permute(1, 2, 0).contiguous().numpy()))
-    width = max([480, *(strip.width + gap for strip in strips)])
+    rows = [[Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in row] for row in rows]
+    rows = [[p.resize((max(round(p.width * size / p.height), 1), size)) for p in row] for row in rows]
+    width = max([480, *(sum(p.width + gap for p in row) + gap for row in rows)])
     titles = [ascii_lines(label, int((width - 4 * gap) / font.getlength('m'))) for label in labels]
-    height = sum(len(lines) * line + size + 4 * gap for lines in titles)
-    picture = Image.new('RGB', (width, height), 'white')
+    picture = Image.new('RGB', (width, sum(len(lines) * line + size + 4 * gap for lines in titles)), 'white')
     drawing, y = ImageDraw.Draw(picture), 0
-    for lines, strip in zip(titles, strips):
+    for lines, row in zip(titles, rows):
         drawing.text((2 * gap, y + gap), '\n'.join(lines), 'black', font)
-        y += len(lines) * line + 2 * gap
-        picture.paste(strip, (0, y))
+        x, y = gap, y + len(lines) * line + 2 * gap
+        for part in row:
+            picture.paste(part, (x, y))
+            x += part.width + gap
         y += size + 2 * gap
     picture.save(out, format='PNG')
 
@@ -295,13 +304,18 @@ def ascii_lines(text: str, width: int) -> list[str]:
 
 # demo: a small set of real files --------------------------------------------------------------------------
 
-DEMO_PATTERNS = ('stripes', 'checks', 'dots', 'zigzag')
+DEMO_PATTERNS = {  # where each is bright, in coordinates that are 1 from one repetition to the next
+    'stripes': lambda y, x: (y % 1 < 0.5) | (0 * x > 0),
+    'checks': lambda y, x: (y % 1 < 0.5) ^ (x % 1 < 0.5),
+    'dots': lambda y, x: (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2,
+    'zigzag': lambda y, x: (y + abs(x % 1 - 0.5)) % 1 < 0.5,
+}
 
 
 def make_demo(
     root: str, train_videos: int = 50, val_videos: int = 12, train_images: int = 150, val_images: int = 20
 ):
-    """Make a small set of real files below `root`: MP4 videos, JPEG images, their lists and label maps.
+    """Make a small set of real files below a folder: MP4 videos, JPEG images, their lists and label maps.
 
     Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
     video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
@@ -312,24 +326,22 @@ def make_demo(
     if (root / 'image_labels.txt').exists():
         print(f'reusing the set in {root}')
         return
+    print(f'making a small set in {root}', flush=True)
     videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in ('rising', 'falling')]
     jobs = []
-    for source, split, count in (
-        ('video', 'train', train_videos),
-        ('image', 'train', train_images),
-        ('video', 'val', val_videos),
-        ('image', 'val', val_images),
+    for source, classes, suffix, *counts in (
+        ('video', videos, 'mp4', train_videos, val_videos),
+        ('image', [*DEMO_PATTERNS], 'jpg', train_images, val_images),
     ):
-        classes, suffix = (videos, 'mp4') if source == 'video' else (DEMO_PATTERNS, 'jpg')
-        folder = root / f'{source}s_{split}'
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(root / f'{source}_{split}.txt', 'w') as file:
-            for number in range(len(classes) * count):
-                label = number % len(classes)
-                name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
-                jobs.append((folder / name, classes[label], source, split, number))
-                print(name, label, file=file)
-    print(f'making a small set in {root}', flush=True)
+        for split, count in zip(('train', 'val'), counts):
+            folder = root / f'{source}s_{split}'
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(root / f'{source}_{split}.txt', 'w') as file:
+                for number in range(len(classes) * count):
+                    label = number % len(classes)
+                    name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
+                    jobs.append((folder / name, classes[label], source, split, number))
+                    print(name, label, file=file)
     for job, reason in in_parallel(_draw_demo_file, jobs, 'drawing'):
         if reason:
             raise OSError(f'{job[0]} cannot be written ({reason})')
@@ -340,8 +352,7 @@ def make_demo(
 def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int) -> None:
     rng = data.generator(f'demo {source} {split}', number)
     pattern, _, motion = name.partition(' ')
-    height, width = 64, 96
-    fine = 2  # drawn twice as fine, for smooth edges
+    height, width, fine = 64, 96, 2  # drawn twice as fine, for smooth edges
     period = fine * rng.uniform(13, 20)
     speed = period / 32 * rng.uniform(0.7, 1.3) * {'rising': 1, 'falling': -1, '': 0}[motion]  # per frame
     y, x = (axis + period * rng.uniform() for axis in np.ogrid[: height * fine, : width * fine])
@@ -349,30 +360,17 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
     slope = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-30, 30, 3)
     back, front = rng.uniform(20, 90, 3), rng.uniform(140, 250, 3)
     frames = []
-    for t in range(80 if source == 'video' else 1):
-        cover = _pattern(pattern, (y + speed * t) / period, x / period)
+    for t in range(80 if motion else 1):
+        cover = DEMO_PATTERNS[pattern]((y + speed * t) / period, x / period)
         cover = cover.reshape(height, fine, width, fine).mean((1, 3))[..., None]
         frames.append(np.clip(back + slope + (front - back) * cover + texture, 0, 255).astype(np.uint8))
-    if source == 'image':
-        Image.fromarray(frames[0]).save(path, quality=90)
-        return
+    if not motion:
+        return Image.fromarray(frames[0]).save(path, quality=90)
     options = {'crf': '20', 'g': '24', 'preset': 'veryfast', 'threads': '1'}
     with av.open(str(path), 'w') as container:
         stream = container.add_stream('libx264', 30, options, width=width, height=height)
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
-        container.mux(stream.encode(None))
-
-
-def _pattern(name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Where a pattern is bright, in coordinates that are 1 from one repetition to the next."""
-    if name == 'stripes':
-        return (y % 1 < 0.5) | (0 * x > 0)
-    if name == 'checks':
-        return (y % 1 < 0.5) ^ (x % 1 < 0.5)
-    if name == 'dots':
-        return (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2
-    return (y + abs(x % 1 - 0.5)) % 1 < 0.5  # zigzag
+        for frame in [*(av.VideoFrame.from_ndarray(pixels, 'rgb24') for pixels in frames), None]:
+            container.mux(stream.encode(frame))
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -382,39 +380,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         'prepare.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    commands = parser.add_subparsers(dest='command', required=True, help='one of them; --help has its flags')
 
-    def command(name: str, function: Callable) -> Callable:
-        return commands.add_parser(name, description=function.__doc__.split('\n\n')[0]).add_argument
+    def command(function: Callable, name: str, files: str) -> Callable:
+        usage, text = f'prepare.py {name} {files} [--FLAG ...]', function.__doc__.split('\n\n')[0]
+        return commands.add_parser(name, usage=usage, description=text).add_argument
 
-    command('demo', make_demo)('dir', metavar='DIR')
+    count, default = data.number(int, 1, 2**20), ' (default: %(default)s)'
+    add = command(make_demo, 'demo', 'DIR')
+    add('dir', metavar='DIR', help='folder to make it in; a set that is there is kept')
 
-    add = command('check', check)
-    add('source', metavar='LIST-or-DIR', help='"path label" lines, or a folder of videos or images')
+    add = command(check, 'check', 'SOURCE')
+    add('source', metavar='SOURCE', help='"path label" lines, a folder of videos or images, or one of them')
     add('--root', default='', help='folder that the paths of a list are below')
-    add('--out', default='bad_samples.txt', help='what is bad (default: %(default)s)')
+    add('--out', default='bad_samples.txt', help='file that lists what is bad, with reasons' + default)
 
-    add = command('encode', encode)
-    add('src', metavar='SRC')
-    add('dst', metavar='DST', help='what is bad is listed in its bad_samples.txt')
-    count = data.number(int, 1)
-    add('--short-side', type=count, default=256, help='(default: %(default)s, or less)')
-    add('--gop', type=count, default=4, help='frames from key to key (default: %(default)s)')
+    add = command(encode, 'encode', 'SRC DST')
+    add('src', metavar='SRC', help='folder of videos or images, at any depth')
+    add('dst', metavar='DST', help='folder for the copies; its bad_samples.txt lists what is bad')
+    add('--short-side', type=count, default=256, help='pixels, where there are more' + default)
+    add('--gop', type=count, default=4, help='frames from one key frame to the next' + default)
     add(
         '--crf',
-        type=data.number(int, 1),
+        type=data.number(int, 0, 52),
         default=21,
-        help='of libx264, more is smaller (default: %(default)s)',
+        help='of libx264, 0 to 51: more is smaller' + default,
     )
 
-    add = command('show', show)
-    add('out', metavar='OUT.png')
+    add = command(show, 'show', 'OUT.png')
+    add('out', metavar='OUT.png', help='picture to write')
     for source in ('video', 'image'):
-        add(
-            f'--{source}-list', metavar='LIST', help="or class folders (default: data/demo's, if it is there)"
-        )
-        add(f'--{source}-root', metavar='DIR', help='folder that its paths are below')
-    add('--size', type=data.number(int, 1), default=112, help='of the crops (default: %(default)s)')
+        add(f'--{source}-list', metavar='LIST', help="or class folders; default: data/demo's, if it is there")
+        add(f'--{source}-root', metavar='DIR', help=f'folder that the paths of the {source} list are below')
+    add('--size', type=count, default=112, help='side of the crop' + default)
+    add('--clip-len', type=count, default=8, help='frames of a clip' + default)
+    add('--frame-interval', type=count, default=8, help='from one frame of a clip to the next' + default)
     return parser.parse_args(argv)
 
 
@@ -426,6 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == 'demo':
             make_demo(args.dir)
         elif args.command == 'check':
+            open(args.out, 'a').close()  # what cannot be written is said now, not in hours
             report(args.source, *check(args.source, args.root), args.out)
         elif args.command == 'encode':
             bad = os.path.join(args.dst, 'bad_samples.txt')
@@ -443,8 +444,7 @@ def report(source: str, count: int, bad: list[str], out: str) -> None:
     print(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
     for line in bad[:10] + ['...'] * (len(bad) > 10):
         print(line)
-    if bad or os.path.exists(out):  # of an earlier time
-        Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
+    Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
     if bad:
         sys.exit(1)
 

@@ -380,6 +380,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             logger.add(drawn, results, grad_norm)
             if (step - epoch * steps_per_epoch) % args.log_interval == 0 or step == end:
                 logger.line(lr, guard.unreadable)
+        guard.name_lost(sources)
 
         keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
         names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # latest.pth last: a run goes on from it first

@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from data import Batch
-from runtime.distributed import UserError, add_up, rank, show, stop_together
+from data import Batch, Source
+from runtime.distributed import UserError, add_up, gather, rank, show, stop_together
 
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
 
@@ -24,6 +24,7 @@ class Guard:
         self.bad_list = open(bad_list, 'a+', 1, 'utf-8', 'surrogateescape')
         self.bad_list.seek(0)
         self.listed = set(self.bad_list)
+        self.lost = set()  # (source, place in its list) of each file that this process could not read
         self.received, self.since, self.last_save = 0, 0.0, time.monotonic()
         self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         for signum in SIGNALS:
@@ -67,6 +68,7 @@ class Guard:
             if f'{line}\n' not in self.listed:
                 self.listed.add(f'{line}\n')
                 print(line, file=self.bad_list)
+        self.lost |= {(source, i) for batch in batches for source, part in batch.items() for i in part.lost}
         if self.unreadable > max(self.max_bad * self.drawn, 20):
             raise UserError(
                 f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more '
@@ -74,6 +76,15 @@ class Guard:
             )
         stop = next((signum for signum, count in zip(SIGNALS, asked) if count), 0)
         return bool(due), stop
+
+    def name_lost(self, sources: list[Source]) -> None:
+        """At the end of an epoch, say of which classes no file can be read. All processes call it alike."""
+        if self.unreadable:
+            lost = set().union(*gather(self.lost))
+            for source in sources:
+                own = [index for name, index in lost if name == source.name]
+                for line in source.train.files.lost(own, f'{source.name}s', source.labels):
+                    show(line)
 
     def saved(self) -> None:
         """A checkpoint has just been written."""

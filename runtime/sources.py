@@ -110,10 +110,6 @@ def check_classes(
     if not counts[0] and not labels:
         text += '; labels are expected to count from 0'
     show(f'{list_file}: {text}')
-    endings = tuple(e.encode() for e in data.IMAGE_ENDINGS if e not in data.VIDEO_ENDINGS)
-    pictures = sum(path.lower().endswith(endings) for path in samples.paths) if name == 'video' else 0
-    if pictures:
-        show(f'{list_file}: {pictures} of the {len(samples)} videos are images, each a video of one frame')
 
 
 def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Source], path: str) -> None:

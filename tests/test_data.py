@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import decode_all, write_video
+from test_prepare import write_frames
 
 import data
 import prepare
@@ -310,6 +311,51 @@ def test_a_sound_picture_with_broken_metadata_is_read(tmp_path, exif):
     text.add_text('Raw profile type exif', '\nexif\n 4\nnot hexadecimal')
     PIL.Image.new('RGB', (96, 64), 'white').save(tmp_path / 'text.png', pnginfo=text)
     prepare.check_file(str(tmp_path / 'text.png'))
+
+
+@pytest.mark.parametrize(
+    ('name', 'count', 'options', 'expected'),
+    [
+        ('a.gif', 5, {}, False),
+        ('a.gif', 1, {}, True),
+        ('a.mp4', 5, {'format': 'GIF'}, False),
+        ('a.png', 5, {}, False),
+        ('a.png', 2, {'default_image': True}, True),  # which is no part of the animation of one
+        ('a.avif', 5, {}, False),
+        ('a.webp', 5, {}, True),  # FFmpeg does not play it
+        ('a.tif', 5, {}, True),
+        ('a.mpo', 2, {}, True),
+        ('a.jpg', 2, {'format': 'MPO'}, True),
+        *[(f'a{ending}', 1, {}, True) for ending in ('.ppm', '.jfif', '.avif', '.tga', '.ico', '.jp2')],
+        ('a', 1, {'format': 'JPEG'}, True),
+        ('a.mp4', 1, {'format': 'PNG'}, True),
+    ],
+)
+def test_content_tells_images_from_videos(tmp_path, name, count, options, expected):
+    write_frames(tmp_path / name, count, **options)
+    assert data.is_image(str(tmp_path / name)) == expected
+    dataset = data.ImageDataset(None, 'val') if expected else data.VideoDataset(None, 'val')
+    assert dataset.load(str(tmp_path / name), None).shape[:2] == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'codec'),
+    [('a.mp4', 'libx264'), ('a.mjpeg', 'mjpeg'), ('a.m1v', 'mpeg1video'), ('a.mkv', 'vp8'), ('a.gif', 'gif')],
+)
+def test_videos_are_none_whatever_their_name(tmp_path, name, codec):
+    formats = {'mjpeg': 'yuvj420p', 'gif': 'rgb8'}
+    path = Path(write_video(tmp_path / name, 5, codec, pix_fmt=formats.get(codec, 'yuv420p')))
+    assert not data.is_image(str(path))
+    if codec != 'mjpeg':  # of which the name tells
+        assert not data.is_image(str(path.rename(tmp_path / 'a.jpg')))
+
+
+def test_a_heic_is_refused_with_what_to_do(tmp_path):
+    path = str(tmp_path / 'a.jpg')
+    Path(path).write_bytes(b'\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf' + bytes(999))
+    assert data.is_image(path) and '.heic' in data.IMAGE_ENDINGS
+    with pytest.raises(ValueError, match='HEIC is not read; save it as JPEG'):
+        data.ImageDataset(None).load(path, data.generator('test'))
 
 
 def write_grey(path, values, bits, kind=1, order='<'):

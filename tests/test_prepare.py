@@ -2,11 +2,13 @@
 
 import errno
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,7 +21,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_video
+from conftest import ROOT, run, write_video
 from PIL import Image
 
 import data
@@ -29,6 +31,13 @@ from video import VideoReader
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
 needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f'no real files in {REAL}; set OMNI_REAL')
+
+
+@pytest.fixture(autouse=True)
+def no_garbage():
+    """Frames in it have threads, for which the end of a forked process would wait."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -50,6 +59,12 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def write_frames(path, count, size=(96, 64), **options):
+    """A file of one or several pictures, no two alike."""
+    first, *others = (Image.new('RGB', size, (20 * i, 99, 200)) for i in range(1, count + 1))
+    first.save(path, save_all=count > 1, append_images=others, **options)
 
 
 def turn(path):
@@ -88,7 +103,8 @@ def test_check_names_what_cannot_be_read_and_goes_on(folder):
     command = [sys.executable, ROOT / 'prepare.py', *'check list.txt --root in'.split()]
     result = subprocess.run(command, capture_output=True)  # bytes, as names need not be UTF-8
     assert result.returncode == 1 and not result.stderr
-    said, *lines = os.fsdecode(result.stdout).splitlines()
+    lost, said, *lines = os.fsdecode(result.stdout).splitlines()
+    assert lost == "videos of 'class 2' (1 files): none can be read"
     assert said == 'list.txt: 7 files, 4 of them unreadable, see bad_samples.txt'
     assert [line.split(': ')[0] for line in lines] == ['in/end.jpg', strange, 'in/thread.png', 'in/torn.mp4']
     assert os.fsencode('\n'.join(lines)) == Path('bad_samples.txt').read_bytes().strip()
@@ -109,6 +125,67 @@ def test_check_takes_class_folders_and_reads_as_training_does(folder, capsys):
     os.remove('in/images/broken_data_stream.png')
     os.remove('in/videos/h265_bframes_10.mp4')
     prepare.main(['check', 'in'])
+
+
+@pytest.mark.parametrize(
+    ('names', 'bad', 'kind'),
+    [
+        (['1.mp4', '2.webp', '3.webp', '4.webp'], ['2.webp', '3.webp', '4.webp'], 'video'),
+        (['1.jpg', '2.ppm', '3.webp', '4.webp', '5.webp', '6.gif', '7', '8.tif'], [], 'image'),
+        (['1.jpg', '2.jpg', '3.jpg', '4.jpg', '5.jpg', '6.mp4'], ['6.mp4'], 'image'),
+        (['1.mp4', '2.mp4', '3.jpg', '4.jpg', '5.ppm', '6.gif'], [], 'video'),
+        (['1.gif', '2.gif'], [], 'video'),
+        (['1.webp', '2.webp'], [], 'image'),
+    ],
+)
+def test_check_reads_a_list_as_training_does(folder, capsys, names, bad, kind):
+    for name in names:
+        several = name.endswith(('.webp', '.gif', '.tif'))
+        if name.endswith('.mp4'):
+            write_video(name)
+        else:
+            write_frames(name, 3 if several else 1, **({} if '.' in name else {'format': 'JPEG'}))
+    Path('list.txt').write_text(''.join(f'{name} {name in bad:d}\n' for name in names))
+    count, lines = prepare.check('list.txt')
+    assert (count, [line.split(': ')[0] for line in lines]) == (len(names), bad)
+    assert capsys.readouterr().out == (
+        f"{kind}s of 'class 1' ({len(bad)} files): none can be read\n" if bad else ''
+    )
+    dataset = data.VideoDataset if kind == 'video' else data.ImageDataset
+    files = sources.read_list('list.txt', videos=kind == 'video')
+    assert sum((dataset(files, 'val')[i].bad for i in range(len(files))), []) == lines
+
+
+def test_check_takes_one_file(folder):
+    write_video('clip.mp4')
+    write_frames('a.gif', 3)
+    for name in ('photo.ppm', 'photo.png'):
+        write_frames(name, 1)
+    for name in ('clip.mp4', 'photo.png'):
+        shutil.copy(name, name.split('.')[0])
+    Path('torn.mkv').write_bytes(b'nothing')
+    for name in ('clip.mp4', 'clip', 'a.gif', 'photo.ppm', 'photo'):
+        prepare.main(['check', name])
+    ends_with(1, 'check torn.mkv')
+
+
+def test_a_class_that_cannot_be_read_is_named(folder, capsys):
+    for name in ('walk', 'jump'):
+        os.makedirs(f'in/{name}')
+        for i in range(4):
+            if name == 'walk':
+                write_video(f'in/{name}/{i}.mp4')
+            else:
+                Path(f'in/{name}/{i}.mp4').write_bytes(b'nothing')
+    ends_with(1, 'check in')
+    assert capsys.readouterr().out.startswith(
+        "files of 'in/jump' (4 files): none can be read\nin: 8 files, 4 "
+    )
+    size = '--layers 1 1 1 1 --width 4 --size 28 --clip-len 2 --workers 0 --epochs 2 --log-interval 9'
+    for start in ('train.py', 'torchrun --nproc_per_node=2 train.py'):
+        command = f'{start} --video-only --video-list in --videos-per-gpu 2 --work-dir {start[:5]} {size}'
+        lines = run(command, folder).stdout.splitlines()
+        assert lines.count("videos of 'jump' (4 files): none can be read") == 2, lines
 
 
 def kill_or_read(name):
@@ -308,6 +385,41 @@ def test_encode_makes_images_small_and_copies_what_is_small(folder, capsys):
     assert 'empty: no videos or images below it' in capsys.readouterr().err
 
 
+def test_a_copy_plays_and_opens_as_the_file_does(folder):
+    os.makedirs('in')
+    for name, count in {
+        'a.gif': 9,
+        'b.gif': 1,
+        'c.webp': 9,
+        'd.png': 9,
+        'e.avif': 9,
+        'f.mpo': 2,
+        'g.tif': 3,
+    }.items():
+        write_frames(f'in/{name}', count)
+    write_video('in/h.mjpeg', 9, 'mjpeg', (64, 96), pix_fmt='yuvj420p')
+    write_video('in/i.y4m', 9, 'wrapped_avframe')
+    assert prepare.encode('in', 'out', 32) == (9, [])
+    for name in os.listdir('in'):
+        lengths, opened = [], []
+        for place in ('in', 'out'):
+            try:
+                with VideoReader(f'{place}/{name}') as video:
+                    lengths.append(len(video))
+            except ValueError:
+                lengths.append(0)
+            try:
+                data.ImageDataset(None, 'val').load(f'{place}/{name}', None)
+                opened.append(True)
+            except OSError:
+                opened.append(False)
+        assert lengths[0] == lengths[1] and (opened[0] == opened[1] or name == 'h.mjpeg'), name
+    assert Path('in/c.webp').read_bytes() == Path('out/c.webp').read_bytes()
+    for name in ('b.gif', 'h.mjpeg', 'i.y4m'):
+        with VideoReader(f'out/{name}') as video:
+            assert video.stream.codec_context.height == 32
+
+
 def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
     """Its header, which here comes first, still counts all of the frames."""
     write_video('whole.mp4', num_frames=60, options={'g': '4'})
@@ -320,7 +432,7 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
                 file.mux(packet)
     content = Path('first.mp4').read_bytes()
     Path('in/a/torn.mp4').write_bytes(content[: len(content) // 2])
-    for command in ('check in', 'check in --out nowhere/bad.txt', 'encode in out'):
+    for command in ('check in', 'encode in out'):
         ends_with(1, command)
         assert re.search('in/a/torn.mp4: only \\d\\d of 60 frames', capsys.readouterr().out), command
     assert not Path('out/a/torn.mp4').exists()
@@ -539,7 +651,9 @@ def test_show_draws_what_is_read_and_what_is_fed(demo, monkeypatch, capsys):
     places = []
     dataset = data.VideoDataset(videos, size=64)
     with VideoReader(videos.path(0)) as video:
-        read = video.get_batch(data.sample_frames(len(video), rng=data.augmentation(dataset, 0, 0))[0, :1])[0]
+        read = video.get_batch(
+            data.sample_frames(len(video), rng=dataset.generator('augmentation', 0, 0))[0, :1]
+        )[0]
     places.append(place('seen.png', torch.from_numpy(read).permute(2, 0, 1)))
     places.append(place('seen.png', dataset[0, 0].pixels[:, 0]))
     read = data.to_tensor(Image.open(images.path(0)))
@@ -556,17 +670,29 @@ def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys
     Path('in/b/torn.mp4').write_bytes(b'nothing')
     Image.new('RGB', (90, 60), 'red').save('in/a/1.jpg')
     prepare.main('show a.png --video-list in --image-list in --size 56'.split())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith('in/b/torn.mp4: ') and lines[-1] == 'wrote a.png'
+    assert capsys.readouterr().out.endswith('wrote a.png\n')
     replaced = data.VideoDataset(sources.read_list('in', videos=True), size=56)[0, 1]
     assert replaced.path == 'in/a/1.mp4' and place('a.png', replaced.pixels[:, 0])
     os.remove('in/a/1.mp4')
     inside = f'{folder}/in'
     line = fails(prepare.main, f'show b.png --video-list {inside}')
-    assert line.startswith('prepare.py: 11 samples in a row are unreadable')
+    assert line == f'prepare.py: {inside}: 11 samples in a row are unreadable'
     assert 'nothing.txt: no such list' in fails(prepare.main, f'show c.png --video-list {folder}/nothing.txt')
     assert fails(prepare.main, f'show {folder}/no/c.png --image-list {inside}').startswith('prepare.py: ')
     assert not Path('no').exists()
+
+
+def test_show_draws_the_clips_of_a_run_and_different_classes(folder, monkeypatch):
+    for i in range(4):
+        write_video(f'{i}.mp4', num_frames=30 + i)
+    Path('list.txt').write_text('0.mp4 0\n1.mp4 0\n2.mp4 1\n3.mp4 4\n')
+    drawn = []
+    monkeypatch.setattr(prepare, 'draw_rows', lambda out, rows, titles, size: drawn.append((rows, titles)))
+    prepare.main('show a.png --video-list list.txt --clip-len 3 --frame-interval 2 --size 56'.split())
+    [(rows, titles)] = drawn
+    assert [title.split()[0] for title in titles if title] == ['0.mp4', '2.mp4', '3.mp4']
+    fed = data.VideoDataset(sources.read_list('list.txt'), size=56, clip_len=3, frame_interval=2)[0, 2].pixels
+    assert torch.equal(rows[3], fed.transpose(0, 1)) and len(rows[2]) == 3
 
 
 def test_show_without_anything_to_show(folder, capsys):
@@ -621,7 +747,9 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     ('command', 'message'),
     [
         ('check nowhere.txt', "No such file or directory: 'nowhere.txt'"),
-        ('check empty', 'empty: no file below it ends with any of .mp4'),
+        ('check empty', 'empty: no videos or images below it'),
+        ('check empty --out empty', "Is a directory: 'empty'"),
+        ('check empty --out nowhere/bad.txt', "No such file or directory: 'nowhere/bad.txt'"),
         (
             'check data/demo/video_train.txt',
             'nor any other of the first of data/demo/video_train.txt; --root',
@@ -638,8 +766,27 @@ def test_mistakes_are_one_line(demo, fails, command, message):
     assert line.startswith('prepare.py: ') and message in line
 
 
-def test_help_and_what_is_no_command(capsys):
+@pytest.mark.parametrize(
+    ('command', 'message'),
+    [
+        ('list', 'invalid choice'),
+        ('encode in out --crf 52', "argument --crf: '52' is not a whole number of at least 0, below 52"),
+        ('encode in out --crf -1', "argument --crf: '-1' is not"),
+        ('encode in out --gop 3000000000', "argument --gop: '3000000000' is not"),
+        ('encode in out --short-side 0', "argument --short-side: '0' is not"),
+        ('encode in out --shrot-side 9', 'error: unrecognized arguments: --shrot-side 9'),
+    ],
+)
+def test_a_flag_that_is_wrong_is_a_line(folder, capsys, command, message):
+    ends_with(2, command)
+    lines = capsys.readouterr().err.splitlines()
+    assert message in lines[-1] and len(lines) <= 2
+
+
+def test_help(capsys):
     ends_with(0, '--help')
     assert 'encode SRC DST' in capsys.readouterr().out
-    ends_with(2, 'list')
-    assert 'invalid choice' in capsys.readouterr().err
+    for command in ('demo', 'check', 'encode', 'show'):
+        ends_with(0, f'{command} --help')
+        text = capsys.readouterr().out
+        assert text.startswith(f'usage: prepare.py {command} ') and 'in_parallel' not in text
