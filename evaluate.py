@@ -1,18 +1,26 @@
-"""Measure a checkpoint on a validation set, or name what a file shows.
+"""Measure a checkpoint on a validation set, or name what files show.
 
     python evaluate.py --ckpt work_dirs/omni/best.pth --dump result.pkl     10 clips x 3 crops, top-1, top-5
     python evaluate.py --ckpt work_dirs/omni/best.pth --images              the image set instead
     python evaluate.py --ckpt work_dirs/omni/best.pth --show wrong.png      and draw the surest mistakes
+    python evaluate.py --ckpt work_dirs/omni/best.pth --features out.npz    and write features, of files too
     python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    five likeliest labels of each file
+    python evaluate.py --ckpt work_dirs/omni/best.pth my_clips --csv a.csv  of a folder's, and as a table
     python evaluate.py --ckpt work_dirs/omni/best.pth long.mp4 --timeline   what is seen when in a long video
     torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
 
 Lists, label names and the input's size come from the checkpoint; an official MMAction2 checkpoint has none of
-them and is taken as the published recipe. Runs on a GPU where there is one, else on the CPU.
+them and is taken as the published recipe, with the labels of Kinetics-400 and ImageNet. Runs on a GPU where
+there is one, else on the CPU.
+
+--features writes arrays for `numpy.load`: features (N, 2048) and scores (N, classes), means over the views,
+paths, and the labels of a set. What is unreadable has NaN; so have, among files of both kinds, the scores of
+the smaller head for the classes that it lacks.
 """
 
 import argparse
 import copy
+import csv
 import os
 import pickle
 import sys
@@ -20,7 +28,8 @@ from collections import Counter
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
@@ -85,16 +94,19 @@ def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, 
 
 
 @torch.inference_mode()
-def score_views(network: nn.Module, source: str, views: torch.Tensor, precision: str) -> torch.Tensor:
+def score_views(network: nn.Module, source: str, views: Tensor, precision: str, features=False) -> Tensor:
     """Views (V, 3, T, H, W) or (V, 3, H, W) of any number of samples -> their softmax scores by the head of
-    'video' or 'image', float32 (V, classes) on the CPU."""
+    'video' or 'image', float32 (V, classes) on the CPU. With `features` each row goes on with the view's
+    feature, (V, classes + F)."""
     device = next(network.parameters()).device
-    scores = []
+    rows = []
     for part in views.split(max(1, PIXELS_PER_PASS[device.type] // views[0, 0].numel())):
         with distributed.autocast(device, precision):
-            logits = network({source: part.to(device, non_blocking=True)})[source]
-        scores.append(logits.float().softmax(1))
-    return torch.cat(scores).cpu()
+            feature = network.features(part.to(device, non_blocking=True))
+            logits = network.head(source)(feature)
+        scores = logits.float().softmax(1)
+        rows.append(torch.cat([scores, feature.float()], 1) if features else scores)
+    return torch.cat(rows).cpu()
 
 
 def predict(
@@ -105,12 +117,14 @@ def predict(
     batch_size: int = 1,
     workers: int = 0,
     progress: str = '',
+    features: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Scores of a whole 'val' or 'test' dataset by one head, the mean over each sample's views.
 
-    Returns scores float32 (N, classes), labels int64 (N,) in the dataset's order, and a line for each
-    unreadable file, whose scores are NaN. Under torchrun every rank takes its share and all return the whole.
-    Raises UserError if no file can be read, or if scores are not numbers.
+    Returns scores float32 (N, classes), which features follow as in `score_views`, labels int64 (N,) in the
+    dataset's order, and a line for each unreadable file, whose scores are NaN. Under torchrun every rank
+    takes its share and all return the whole. Raises UserError if no file can be read, or if scores are not
+    numbers.
     """
     device = next(network.parameters()).device
     if device.type == 'cpu':
@@ -120,12 +134,13 @@ def predict(
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
     batches = distributed.loader(share, workers, batch_size=batch_size, collate_fn=list)
     quiet = None if progress and rank() == 0 else True
-    own, bad, done = np.full((len(share), classes(network, source)), np.nan, dtype=np.float32), [], 0
+    columns = classes(network, source) + features * next(network.head(source).parameters()).shape[-1]
+    own, bad, done = np.full((len(share), columns), np.nan, dtype=np.float32), [], 0
     for samples in tqdm(batches, progress, unit='batch', leave=False, disable=quiet):
         good = [n for n, sample in enumerate(samples, done) if sample.pixels is not None]
         if good:
             views = torch.cat([samples[n - done].pixels.to(device, non_blocking=True) for n in good])
-            scores = score_views(network, source, views, precision)
+            scores = score_views(network, source, views, precision, features)
             own[good] = scores.unflatten(0, (len(good), -1)).mean(1)
         bad += [line for sample in samples for line in sample.bad]
         done += len(samples)
@@ -141,8 +156,9 @@ def predict(
 
 
 def classes(network: nn.Module, source: str) -> int:
-    """How many classes the head of 'video', 'image' or another source knows."""
-    return list(network.head(source).parameters())[-1].shape[0]
+    """How many classes the head of 'video', 'image' or another source knows; 0 where there is none."""
+    head = network.head(source)
+    return list(head.parameters())[-1].shape[0] if head else 0
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -164,7 +180,7 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
                 'img_shape': (size, size),
             }
         )
-    with open(path, 'wb') as file:
+    with prepare.whole_file(path) as file:
         pickle.dump(results, file)
 
 
@@ -173,7 +189,7 @@ def show_mistakes(
 ) -> int:
     """Draw, as a PNG, the eight wrongly classified samples whose wrong label scores highest, each one under
     both labels and their scores. `dataset` is a 'val' one: of a video its middle clip is drawn. Returns how
-    many there are to draw; with none, nothing is written."""
+    many such samples there are; with none, nothing is written."""
     predicted, rows, titles = scores.argmax(1), [], []
     own, highest = scores[np.arange(len(labels)), labels], scores.max(1)
     wrong = np.flatnonzero((predicted != labels) & ~np.isnan(own))
@@ -185,12 +201,13 @@ def show_mistakes(
         titles.append(f'{file}: {right} ({own[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
     if rows:
         prepare.draw_rows(out, rows, titles, 112)
-    return len(rows)
+    return len(wrong)
 
 
-def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> str:
-    """The five likeliest labels of a video or image file, as text; with --timeline the three likeliest of
-    each of a video's clips, which are spread evenly over it."""
+def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> tuple:
+    """What a video or image file shows: a text, the five likeliest labels as (label, score), its scores
+    (classes,) and its feature (F,). The text has those labels; with --timeline the three likeliest of each of
+    a video's clips, which are spread evenly over it."""
     if data.is_image(path):
         kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
     else:
@@ -198,9 +215,13 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
         kind, dataset = 'video', data.VideoDataset(None, 'test', **settings, **clips)
     if network.head(kind) is None:
         raise ValueError(f'this checkpoint has no head for {kind}s')
-    scores = score_views(network, kind, dataset.load(path, None), args.precision)  # (crops x clips, classes)
-    if not scores.isfinite().all():
+    known = classes(network, kind)
+    rows = score_views(network, kind, dataset.load(path, None), args.precision, True)
+    if not rows.isfinite().all():
         raise ValueError(f'{NO_NUMBERS} in {args.precision}')
+    scores = rows[:, :known]  # (crops x clips, classes)
+    labels = names[kind] = names[kind] or sources.published_labels(kind, known)
+    best = [(class_name(labels, i), score.item()) for score, i in zip(*scores.mean(0).topk(min(5, known)))]
     lines = [f'{path} ({kind})']
     if args.timeline and kind == 'video':
         with VideoReader(path) as video:
@@ -208,13 +229,11 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
             last = clips[:, 0] + (dataset.clip_len - 1) * dataset.frame_interval
             starts, ends = video.times(clips[:, 0]), video.times(last.clip(max=len(video) - 1))
         for start, end, row in zip(starts, ends, scores.unflatten(0, (args.crops, -1)).mean(0)):
-            likeliest = [f'{class_name(names[kind], i)} {row[i]:.1%}' for i in row.topk(min(3, len(row)))[1]]
+            likeliest = [f'{class_name(labels, i)} {row[i]:.1%}' for i in row.topk(min(3, known))[1]]
             lines.append(f'  {start:7.1f} to {end:6.1f} s  {", ".join(likeliest)}')
-        return '\n'.join(lines)
-    scores = scores.mean(0)
-    for score, label in zip(*scores.topk(min(5, len(scores)))):
-        lines.append(f'  {score:7.2%}  {class_name(names[kind], label)}')
-    return '\n'.join(lines)
+    else:
+        lines += [f'  {score:7.2%}  {label}' for label, score in best]
+    return '\n'.join(lines), best, scores.mean(0), rows[:, known:].mean(0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -224,18 +243,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('files', nargs='*', metavar='FILE', help='videos or images to classify instead of measuring a set')
+    add('files', nargs='*', metavar='FILE', help='videos, images, folders: classify these, measure no set')
     add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')
     add('--dump', metavar='PKL', help="write scores and labels in the format of MMAction2's result.pkl")
+    add('--features', metavar='NPZ', help='write features and scores of a set, or of files; see below')
     add('--show', metavar='PNG', help='draw the surest of the wrongly classified clips, with their scores')
     add('--timeline', action='store_true', help='of a long video to classify, what is seen when')
+    add('--csv', metavar='CSV', help='write the five likeliest labels of each file: file, rank, label, score')
     add('--images', action='store_true', help='measure the image set, one centre crop each')
-    add(
-        '--val-list',
-        help='list or folder of class folders of videos or, with --images, images; default: the one that the '
-        'checkpoint was trained with',
-    )
+    add('--val-list', help="list, or folder of class folders, to measure; default: the checkpoint's")
     add('--val-root', help="folder that the list's paths are below; default: the checkpoint's")
+    add('--video-labels', metavar='TXT', help="class names, one a line; default: the checkpoint's")
+    add('--image-labels', metavar='TXT', help='the same for images')
     count = data.number(int, 1)
     add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
@@ -246,8 +265,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
     if args.files and args.images:
         parser.error('--images measures the image set; an image file is classified as one by its name')
-    if args.timeline and not args.files:
-        parser.error('--timeline needs a video to classify')
+    if (args.timeline or args.csv) and not args.files:
+        parser.error('--timeline needs a video to classify, --csv any files; of a set, --dump has the scores')
     return args
 
 
@@ -260,15 +279,17 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """What the command does, in processes that are there."""
     with together():
-        for path in filter(None, (args.dump, args.show)) if rank() == 0 else ():
-            there = path if os.path.exists(path) else os.path.dirname(path) or '.'
-            if os.path.isdir(path) or not os.access(there, os.W_OK):
-                raise OSError(f'{path}: no file that can be written')
-        saved = checkpoint.load(args.ckpt)
+        for path in filter(None, (args.dump, args.features, args.show, args.csv)) if rank() == 0 else ():
+            prepare.check_writable(path)
+        saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
+        for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
+            known = classes(network, kind)
+            names[kind] = sources.read_label_map(file) if file else saved.get(f'{kind}_labels')
+            if file and len(names[kind]) != known:
+                raise ValueError(f'{file}: {len(names[kind])} names; {args.ckpt} has {known} {kind} classes')
     trained = saved.get('settings', {})
     settings = {key: trained[key] for key in ('size', 'clip_len', 'frame_interval') if key in trained}
-    names = {kind: saved.get(f'{kind}_labels') for kind in ('video', 'image')}
     args.precision, why = distributed.pick_precision(args.precision, device)
     show(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
     if network.head('image') and checkpoint.images_share_statistics(saved['model']):
@@ -280,15 +301,32 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
-    """Print what each file shows; exit with 1 if one could not be read."""
-    failed = False
+    """Print what each file shows, write what was asked for; exit with 1 if a file could not be read."""
+    paths, table, rows = [], [], []
     for path in args.files:
+        below = sources.files_below(path, data.ENDINGS) if os.path.isdir(path) else []
+        paths += below or [path]
+    for path in paths:
+        best, row = [], [torch.empty(0)] * 2
         try:
-            show(classify(network, path, args, settings, names))
+            if os.path.isdir(path):
+                raise ValueError('no videos or images are below it')
+            text, best, *row = classify(network, path, args, settings, names)
+            show(text)
         except Exception as error:  # damaged files raise whatever the decoder trips over
-            failed = True
             show(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
-    sys.exit(1 if failed else 0)
+        table += [(path, place, label, f'{score:.4f}') for place, (label, score) in enumerate(best, 1)]
+        rows.append(row)
+    if args.csv and rank() == 0:
+        with prepare.whole_file(
+            args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline=''
+        ) as file:
+            csv.writer(file).writerows([('file', 'rank', 'label', 'score'), *table])
+    if args.features and rank() == 0:
+        scores, features = (pad_sequence(part, True, np.nan).numpy() for part in zip(*rows))
+        with prepare.whole_file(args.features) as file:
+            np.savez(file, features=features, scores=scores, paths=np.array(paths))
+    sys.exit(0 if all(len(scores) for scores, _ in rows) else 1)
 
 
 def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict):
@@ -302,10 +340,11 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     if val_list is None:
         raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
     val_root = trained.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
-    known = classes(network, kind)
+    known, folders = classes(network, kind), sources.class_names(val_list) if os.path.isdir(val_list) else []
+    if folders and not names[kind] and len(folders) != known:
+        names[kind] = sources.published_labels(kind, known)
     samples = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
-    if os.path.isdir(val_list) and not names[kind]:
-        names[kind] = sources.class_names(val_list)
+    names[kind] = names[kind] or folders
     if args.images:
         return data.ImageDataset(samples, 'val', settings.get('size', 224))
     return data.VideoDataset(samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops)
@@ -317,25 +356,31 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     with together():
         dataset = open_set(network, args, trained, settings, names)
     workers = distributed.default_workers() if args.workers is None else args.workers
-    scores, labels, bad = predict(
-        network, kind, dataset, args.precision, 16 if args.images else 1, workers, f'{len(dataset)} {kind}s'
-    )
+    title, batch, wanted = f'{len(dataset)} {kind}s', 16 if args.images else 1, bool(args.features)
+    rows, labels, bad = predict(network, kind, dataset, args.precision, batch, workers, title, wanted)
+    scores, features = np.split(rows, [classes(network, kind)], axis=1)
+    names[kind] = names[kind] or sources.published_labels(kind, scores.shape[1])
     for line in bad:
         show(f'unreadable, counted as wrong: {line}', file=sys.stderr)
     result = accuracy(scores, labels)
     views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
     unreadable = f', {len(bad)} of them unreadable' if bad else ''
     show(f'{len(dataset)} {kind}s of {scores.shape[1]} classes, {views}{unreadable}')
-    show(f'top-1 {result["top1"]:.2%}   top-5 {result["top5"]:.2%}   mean class {result["mean1"]:.2%}')
+    top5 = f'top-5 {result["top5"]:.2%}   ' if scores.shape[1] > 5 else ''  # any label would be one
+    show(f'top-1 {result["top1"]:.2%}   {top5}mean class {result["mean1"]:.2%}')
     if mistakes := confusions(scores, labels, names[kind]):
         show('most errors:\n  ' + '\n  '.join(mistakes))
     if args.dump and rank() == 0:
         write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
-        print(f'wrote {args.dump}')
+    if args.features and rank() == 0:
+        paths = np.array([dataset.files.path(i) for i in range(len(dataset))])
+        with prepare.whole_file(args.features) as file:
+            np.savez(file, features=features, scores=scores, paths=paths, labels=labels)
     if args.show and rank() == 0:
         drawn = dataset if args.images else data.VideoDataset(dataset.files, 'val', **settings)
         count = show_mistakes(args.show, drawn, scores, labels, names[kind])
-        print(f'wrote {args.show}, {count} mistakes' if count else 'no mistakes to show')
+        drawn = f'8 of {count}' if count > 8 else count
+        show(f'{drawn} mistakes' if count else 'no mistakes to show')
 
 
 if __name__ == '__main__':

@@ -49,8 +49,10 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances of its BatchNorms, float (C,) each."""
-    return [buffer for name, buffer in network.named_buffers() if 'running_' in name]
+    """The running means and variances that training moves, float (C,) each: those of what is not frozen."""
+    learning = [module for module in network.modules() if module.training]
+    named = [item for module in learning for item in module.named_buffers(recurse=False)]
+    return [buffer for name, buffer in named if 'running_' in name]
 
 
 def set_momentum(network: nn.Module, number: int, per_step: int = 1) -> None:
@@ -132,8 +134,8 @@ class OmniSlowOnly(nn.Module):
     Setting `model.normalize = False` takes float input that is normalized already. Weights are initialized by
     PyTorch's defaults and kept in channels-last memory.
 
-    Of another network the program asks these arguments, `from_state_dict`, `head`, `features` and `forward`;
-    `fold_batchnorm` leaves other BatchNorms as they are.
+    Of another network the program asks these arguments, `from_state_dict`, `head`, `features`, `forward` and,
+    for --freeze, `freeze_trunk` and `train`; `fold_batchnorm` leaves other BatchNorms as they are.
     """
 
     def __init__(
@@ -187,6 +189,21 @@ class OmniSlowOnly(nn.Module):
             raise ValueError('not a SlowOnly network: it has no conv1.weight or lacks a stage')
         classes = [len(state.get(key, ())) for key in ('video_head.4.weight', 'image_head.2.weight')]
         return cls(*classes, tuple(blocks), len(state['conv1.weight']))
+
+    def freeze_trunk(self) -> None:
+        """Let only the heads learn."""
+        for name, part in self.named_children():
+            part.requires_grad_(name.endswith('_head'))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> 'OmniSlowOnly':
+        """As ever, but what is frozen stays in eval mode and so keeps its running statistics."""
+        super().train(mode)
+        for part in self.children():
+            learns = [parameter.requires_grad for parameter in part.parameters()]
+            if learns and not any(learns):
+                part.eval()
+        return self
 
     def head(self, source: str) -> nn.Module | None:
         """The head of 'video', 'image' or another source; its last layer has an output for each class."""

@@ -272,27 +272,62 @@ def show(args: argparse.Namespace) -> None:
     if not rows:
         raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
     draw_rows(args.out, rows, titles, args.size)
-    print(f'wrote {args.out}')
 
 
 def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
-    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, every row under its label,
-    which takes as many lines as it needs. Raises OSError where `out` cannot be written."""
+    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, every row under its label.
+
+    Short rows stand beside each other, as many as 960 pixels have room for. A label takes as many lines as it
+    needs. Raises OSError where `out` cannot be written.
+    """
     gap, line, font = 2, 16, ImageFont.load_default(12)
-    rows = [[Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in row] for row in rows]
-    rows = [[p.resize((max(round(p.width * size / p.height), 1), size)) for p in row] for row in rows]
-    width = max([480, *(sum(p.width + gap for p in row) + gap for row in rows)])
-    titles = [ascii_lines(label, int((width - 4 * gap) / font.getlength('m'))) for label in labels]
-    picture = Image.new('RGB', (width, sum(len(lines) * line + size + 4 * gap for lines in titles)), 'white')
+    strips = []  # the pictures of a row beside each other
+    for row in rows:
+        fitted = [data.resize(p, size, max(round(p.shape[-1] * size / p.shape[-2]), 1)) for p in row]
+        strip = torch.cat([torch.nn.functional.pad(p, (gap, 0), value=255) for p in fitted], dim=-1)
+        strips.append(Image.fromarray(strip.permute(1, 2, 0).contiguous().numpy()))
+    cell = max([240, *(strip.width + gap for strip in strips)])
+    columns = max(1, min(960 // cell, len(strips)))
+    cell = max(cell, 480 // columns)  # a label needs some room
+    cells = [(ascii_lines(s, int((cell - 4 * gap) / font.getlength('m'))), p) for s, p in zip(labels, strips)]
+    bands = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    tops = [max(len(lines) for lines, _ in band) * line + 2 * gap for band in bands]
+    picture = Image.new('RGB', (columns * cell, sum(tops) + len(tops) * (size + 2 * gap)), 'white')
     drawing, y = ImageDraw.Draw(picture), 0
-    for lines, row in zip(titles, rows):
-        drawing.text((2 * gap, y + gap), '\n'.join(lines), 'black', font)
-        x, y = gap, y + len(lines) * line + 2 * gap
-        for part in row:
-            picture.paste(part, (x, y))
-            x += part.width + gap
-        y += size + 2 * gap
-    picture.save(out, format='PNG')
+    for top, band in zip(tops, bands):
+        for x, (lines, strip) in zip(range(0, picture.width, cell), band):
+            drawing.text((x + 2 * gap, y + gap), '\n'.join(lines), 'black', font)
+            picture.paste(strip, (x, y + top))
+        y += top + size + 2 * gap
+    with whole_file(out) as file:
+        picture.save(file, format='PNG')
+
+
+@contextlib.contextmanager
+def whole_file(path: str, mode: str = 'wb', **options):
+    """A file to write, which becomes `path` at the end: whole, or what was there stays. OSError names it."""
+    beside = path if is_device(path) else f'{path}.part'
+    try:
+        with open(beside, mode, **options) as file:
+            yield file
+        os.replace(beside, path)
+    except OSError as error:
+        if beside != path:
+            Path(beside).unlink(missing_ok=True)
+        raise OSError(f'{path} cannot be written ({data.one_line(error)})') from None
+    print(f'wrote {path}')
+
+
+def check_writable(path: str) -> None:
+    """OSError where `whole_file` would fail at once."""
+    there = path if is_device(path) else os.path.dirname(path) or '.'
+    if os.path.isdir(path) or not os.access(there, os.W_OK):
+        raise OSError(f'{path}: no file that can be written')
+
+
+def is_device(path: str) -> bool:
+    """Whether it is something like /dev/stdout, which cannot be replaced."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def ascii_lines(text: str, width: int) -> list[str]:

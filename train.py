@@ -118,7 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
-    add('--init', 'start from a checkpoint of this network; heads may have other classes', metavar='CKPT')
+    add('--init', 'start from a checkpoint, of its --width and --layers; heads may differ', metavar='CKPT')
+    add('--freeze', 'only the heads learn; the rest stays as --init has it', action='store_true')
 
     add = settings(parser, 'run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
@@ -134,8 +135,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--log-interval', 'steps per log line', type=count, default=20)
     add('--max-bad', 'share of unreadable samples, and over 20, that ends it', type=above_0, default=0.01)
 
-    if parser.parse_known_args(argv)[0].demo:
+    asked = parser.parse_known_args(argv)[0]
+    if asked.demo:
         parser.set_defaults(**DEMO)
+    if asked.init or asked.init_2d:
+        parser.set_defaults(layers=None, width=None)  # as the checkpoint has them, see `fit_size`
     return check(parser, parser.parse_args(argv))
 
 
@@ -153,7 +157,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         args.warmup_epochs = round(args.epochs * 34 / 256)
     if args.warmup_epochs > args.epochs:
         parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
-    args.layers = list(args.layers)
+    args.layers = args.layers and list(args.layers)
     for flag in ('video', 'val', 'image', 'image-val'):
         list_name, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
         if os.path.isdir(getattr(args, list_name) or '') and getattr(args, root) != parser.get_default(root):
@@ -182,9 +186,10 @@ def learning_rate(
 
 
 def make_optimizer(network: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD on all parameters, in one kernel."""
-    optimizer = torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
-    for parameter in network.parameters():  # else unset if the fused step skips the first update
+    """SGD on all parameters that are not frozen, in one kernel."""
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr, momentum, weight_decay=weight_decay, fused=True)
+    for parameter in learning:  # else unset if the fused step skips the first update
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     return optimizer
 
@@ -241,6 +246,52 @@ def train_step(
 # The run --------------------------------------------------------------------------------------------------
 
 
+def fit_size(args: argparse.Namespace, saved: dict | None) -> None:
+    """Where the command line leaves --layers and --width open, take those of the weights to start from."""
+    if not (args.layers and args.width):
+        state = (saved or checkpoint.load(args.init or args.init_2d))['model']
+        size = {'layers': [3, 4, 6, 3], 'width': 64} | checkpoint.architecture(state)
+        args.layers, args.width = args.layers or size['layers'], args.width or size['width']
+
+
+def first_weights(
+    network: nn.Module, args: argparse.Namespace, sources: list[data.Source], steps_per_epoch: int
+) -> None:
+    """Load what a flag names into the network of a new run. Raises OSError or ValueError."""
+    new = []
+    if args.init_2d:
+        checkpoint.load_2d(network, args.init_2d)
+        new = checkpoint.heads(network)
+    elif args.init:
+        labels = {source.name: source.labels for source in sources}
+        new = checkpoint.load_init(network, checkpoint.load(args.init), args.init, labels)
+    elif args.freeze:
+        raise ValueError('--freeze needs trained weights: name them with --init or --init-2d')
+    if new and args.epochs * steps_per_epoch < 300:
+        enough = math.ceil(300 / steps_per_epoch)
+        few = f'{args.epochs * steps_per_epoch} steps are few for a new head ({", ".join(new)})'
+        show(f'{few}, which learns from nothing; --epochs {enough} makes 300')
+
+
+def say_cpu_cost(args: argparse.Namespace, sources: list[data.Source], device: torch.device) -> None:
+    """Say what a step takes, on a CPU, if that is long.
+
+    A rule of thumb: the full network keeps 0.1 GB for each frame of 224x224, and learns from one in 0.6
+    seconds on a core that computes 50 GFLOP/s.
+    """
+    frames = sum(source.per_gpu * math.prod(source.train.shape[1:-2]) for source in sources)
+    frames *= (args.size / 224) ** 2 * sum(args.layers) / 16  # as many of the full network's
+    memory, seconds = 0.1 * frames * args.width / 64, 0.6 * frames * (args.width / 64) ** 2
+    seconds *= args.accumulate / torch.get_num_threads()
+    if args.freeze:  # nothing is kept for a backward pass
+        memory, seconds = memory / 10, seconds / 3
+    if device.type == 'cpu' and seconds > 10:
+        show(
+            f'on this CPU a step takes about {seconds:.0f} seconds and {memory:.0f} GB: --width 16 '
+            '--size 112, or smaller --videos-per-gpu and --images-per-gpu, take less'
+        )
+
+
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """A whole run, from the lists to the last checkpoint. Every process calls it, with the same settings."""
     if args.auto_scale_lr:
@@ -253,7 +304,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     # Data and checkpoint. An error of one process inside `together` ends all of them with its line.
     with together():
-        logger = log.Log(args.work_dir, device)  # makes the folder and locks it
+        logger = log.Log(args.work_dir, device, args.freeze)  # makes the folder and locks it
         if args.demo and rank() == 0:
             prepare.make_demo('data/demo')
     with together():
@@ -262,6 +313,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
         sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
+        fit_size(args, saved)
         if saved:
             compare_data(saved, args, sources, path)
     lists = {s.name: [own and own.files.fingerprint for own in (s.train, s.val)] for s in sources}
@@ -272,18 +324,16 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     # The network with its first weights: random ones, a checkpoint's, or those that a flag names.
     torch.manual_seed(args.seed)
-    classes = {f'{source.name}_classes': source.classes for source in sources}
-    classes = {'video_classes': 0, 'image_classes': 0, **classes}
+    classes = {'video_classes': 0, 'image_classes': 0} | {f'{s.name}_classes': s.classes for s in sources}
     network = OmniSlowOnly(**classes, layers=args.layers, width=args.width)
     with together():
         if saved:
             checkpoint.load_into(network, saved['model'], path)
-        elif args.init_2d:
-            checkpoint.load_2d(network, args.init_2d)
-        elif args.init:
-            names = {source.name: source.labels for source in sources}
-            checkpoint.load_init(network, checkpoint.load(args.init), args.init, names)
+        else:
+            first_weights(network, args, sources, sampler.steps_per_epoch)
     network.to(device)
+    if args.freeze:
+        network.freeze_trunk()
     statistics = running_statistics(network)
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
@@ -327,6 +377,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
+    say_cpu_cost(args, sources, device)
     del saved
     with together():
         if args.demo and not args.resume and rank() == 0:  # a demo replaces an older demo
@@ -418,6 +469,8 @@ def validate(
             for line in bad:
                 show(f'unreadable, counted as wrong: {line}')
             metrics = evaluate.accuracy(scores, labels)
+            if scores.shape[1] <= 5:  # of which any label would be one
+                del metrics['top5']
             result |= {f'{source.name}_{key}': round(value, 4) for key, value in metrics.items()}
     return result
 
@@ -425,15 +478,25 @@ def validate(
 def main(argv: list[str] | None = None) -> nn.Module:
     args = parse_args(argv)
     with distributed.processes('train.py') as device:
+        if args.demo and device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+            # Two threads take 0.6 of the time for so small a network; but where one other program runs on two
+            # cores they wait for each other, and take 12 times as long.
+            torch.set_num_threads(1)
         network = train(args, device)
         ckpt = ['--ckpt', f'{args.work_dir}/latest.pth']
         sets = [] if args.image_only or not args.val_list else [ckpt]
         sets += [] if args.video_only or not args.image_val_list else [[*ckpt, '--images']]
         for line in sets if args.demo and not args.no_validate else []:
-            show(f'\nevaluate.py {shlex.join(line)}')
+            views = '' if '--images' in line else '  (30 views of each video; the validations above take one)'
+            show(f'\nevaluate.py {shlex.join(line)}{views}')
             evaluate.run(evaluate.parse_args(line), device)
+        own = 'YOUR.jpg' if args.image_only else 'YOUR.mp4'
+        if args.demo:
+            file = 'images_val/dots_000.jpg' if args.image_only else 'videos_val/dots_rising_000.mp4'
+            own = f'data/demo/{file}  # or {own}'
+        show(f'\nNext: python evaluate.py {shlex.join(ckpt)} {own}')
         if sets:
-            show(f'\nNext: python evaluate.py {shlex.join([*sets[0], "--dump", "result.pkl"])}')
+            show(f'Next: python evaluate.py {shlex.join([*sets[0], "--dump", "result.pkl"])}')
     return network
 
 

@@ -24,7 +24,7 @@ class UserError(ValueError):
     """The run cannot start or go on; the message says what is wrong, where, and what to do."""
 
 
-DIED = 'a process of the run has died or hangs, of too little memory perhaps; --resume goes on'
+DIED = 'a process of the run has died or hangs, of too little memory perhaps'
 
 
 # Starting and ending --------------------------------------------------------------------------------------
@@ -38,6 +38,7 @@ def processes(program: str):
     does the death of one of them or of a loader worker. Anything else shows its traceback.
     """
     open_outputs()
+    advice = '; --resume goes on' if program == 'train.py' else ''
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
     try:
         try:
@@ -49,7 +50,7 @@ def processes(program: str):
         show(f'{program}: {error}', file=sys.stderr)
         leave(1)
     except (ConnectionError, EOFError) as error:  # a worker broke off while it handed over a batch
-        print(f'{program}: {DIED} (DataLoader worker: {error})', file=sys.stderr)
+        print(f'{program}: {DIED}{advice} (DataLoader worker: {error})', file=sys.stderr)
         leave(1)
     except OSError as error:  # the log cannot be written, say
         print(f'{program}: {error}', file=sys.stderr)
@@ -58,7 +59,7 @@ def processes(program: str):
         text = str(error)
         lost = text.startswith(('DataLoader', 'Pin memory')) or 'gloo' in text or 'NCCL' in text
         if isinstance(error, RuntimeError) and lost:
-            print(f'{program}: {DIED} ({text.splitlines()[0]})', file=sys.stderr)
+            print(f'{program}: {DIED}{advice} ({text.splitlines()[0]})', file=sys.stderr)
             leave(1)
         if not dist.is_initialized():
             raise
@@ -166,7 +167,7 @@ def agree(value, what: str) -> None:
 
 def average(tensors: list[torch.Tensor]) -> None:
     """Replace tensors of one dtype and device by their means over all ranks, in one message."""
-    if dist.is_initialized():
+    if dist.is_initialized() and tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         means = (flat / world_size()).split([tensor.numel() for tensor in tensors])

@@ -41,8 +41,8 @@ class Log:
     Raises OSError if the folder cannot be made, the file cannot be written, or another run writes to it.
     """
 
-    def __init__(self, folder: str, device: torch.device):
-        self.folder, self.device, self.board, self.bar = Path(folder), device, None, None
+    def __init__(self, folder: str, device: torch.device, frozen: bool = False):
+        self.folder, self.device, self.frozen, self.board, self.bar = Path(folder), device, frozen, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
         if rank() == 0 and not locked(self.file):
@@ -126,6 +126,7 @@ class Log:
         record = {key: round(value, 4) if key != 'lr' else lr for key, value in record.items()}
         left = (self.epochs * steps - self.step) * record['time']
         record |= {'unreadable': unreadable, 'eta': str(timedelta(seconds=round(left)))}
+        record |= {'frozen': True} if self.frozen else {}
         show(self.text(record, steps))
         self.write(record, 'train')
         self.bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
@@ -148,7 +149,7 @@ class Log:
         losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in sources)
         parts = [
             f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{steps}',
-            f'lr {record["lr"]:.4g}',
+            f'lr {record["lr"]:.4g}' + ' (heads only)' * self.frozen,
             f'loss {record["loss"]:.3f} ({losses})',
             'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in sources),
             f'grad {record["grad_norm"]:.2f}' + f' ({record["skipped"]} skipped)' * (record['skipped'] > 0),
@@ -198,6 +199,8 @@ def introduce(
     if times > 2 and sources[0].name == 'video' and not args.demo:
         advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
         show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
+    if args.freeze:
+        show('frozen: only the heads learn, the rest stays as it is')
     if args.compile:
         show('compiling: the first 100 steps of a run do without, the next one takes minutes')
     if saved:

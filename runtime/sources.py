@@ -71,10 +71,11 @@ def open_list(
     """The samples of --PREFIX-list and --PREFIX-root."""
     flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
+        without = '`train.py --video-only` does without images; ' if prefix.startswith('image') else ''
         raise FileNotFoundError(
             f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there '
-            f'by {flag}-list; the README shows how data is laid out, --video-only does '
-            'without images, and `python train.py --demo` makes a small set of its own'
+            f'by {flag}-list; {without}the README shows how data is laid out, and `python train.py --demo` '
+            'makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
     check_there(samples, list_file, f'{flag}-root')
@@ -115,10 +116,10 @@ def check_classes(
 def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Source], path: str) -> None:
     """Say which lists have changed since a checkpoint; ValueError where its network does not fit, or its
     labels would change meaning."""
-    for key in ('layers', 'width', 'video_only', 'image_only'):
-        was, now = saved['settings'][key], getattr(args, key)
+    for key in ('layers', 'width', 'video_only', 'image_only', 'freeze'):
+        was, now = saved['settings'].get(key, False), getattr(args, key)
         if was != now:
-            advice = '; --init starts from it what has other heads' if key.endswith('only') else ''
+            advice = '' if key in ('layers', 'width') else '; --init starts a new run from its weights'
             flag = f'--{key.replace("_", "-")}'
             raise ValueError(f'{path}: has {flag} {was}, now {now}; --work-dir takes another folder{advice}')
     for source in sources:
@@ -353,3 +354,15 @@ def read_label_map(path: str) -> list[str]:
         if before != number:
             raise ValueError(f'{path}:{number}: {name!r} is the name in line {before} too')
     return list(lines)
+
+
+def published_labels(kind: str, known: int) -> list[str] | None:
+    """The class names of Kinetics-400 or ImageNet for a head of their size that came without."""
+    published = {('video', 400): ('Kinetics-400', 'R3D_18'), ('image', 1000): ('ImageNet', 'ResNet50')}
+    if (kind, known) not in published:
+        return None
+    from torchvision.models import get_weight  # takes seconds to import
+
+    name, weights = published[kind, known]
+    show(f'no names of the {known} {kind} classes in the checkpoint: they are taken for those of {name}')
+    return get_weight(f'{weights}_Weights.DEFAULT').meta['categories']

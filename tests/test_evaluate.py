@@ -1,8 +1,10 @@
 """Metrics, the dump, and the command."""
 
+import csv
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -85,6 +87,34 @@ def checkpoint(demo):
     return demo / 'small.pth'
 
 
+@pytest.fixture
+def evaluated(demo, checkpoint, monkeypatch, capsys):
+    """A function that runs the command in this process and gives back what it printed."""
+
+    def call(arguments, ckpt='small.pth', code=0):
+        monkeypatch.chdir(demo)
+        arguments = arguments if isinstance(arguments, list) else arguments.split()
+        try:
+            evaluate.main(['--ckpt', ckpt, '--workers', '0', *arguments])
+            ended = 0
+        except SystemExit as exit:
+            ended = exit.code
+        assert ended == code
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope='module')
+def official(demo, checkpoint):
+    """As many classes as the published network has, without their names; label 3 is always likeliest."""
+    network = OmniSlowOnly(400, 1000, **SMALL)
+    for head in (network.video_head, network.image_head):
+        torch.nn.init.zeros_(head[-1].weight)
+        head[-1].bias.data = -torch.arange(len(head[-1].bias), dtype=torch.float).sub(3).abs()
+    torch.save({'model': network.state_dict(), 'settings': {'size': 56}}, demo / 'official.pth')
+
+
 def views_by_hand(demo, network):
     """The 30-view scores of the demo's validation videos, one view at a time."""
     samples = sources.read_list(
@@ -101,7 +131,7 @@ def views_by_hand(demo, network):
 
 def test_dump(demo, checkpoint):
     result = run('evaluate.py --ckpt small.pth --dump result.pkl --workers 1', demo)
-    assert '16 videos, 10 clips x 3 crops' in result.stdout and 'top-1' in result.stdout
+    assert '16 videos of 8 classes, 10 clips x 3 crops' in result.stdout and 'top-5' in result.stdout
     network = checkpoints.build(torch.load(checkpoint, weights_only=True), 'small.pth')
     scores, labels = views_by_hand(demo, network)
     with open(demo / 'result.pkl', 'rb') as file:
@@ -135,10 +165,12 @@ def test_two_processes_give_the_same_dump(demo, checkpoint):
         assert a['gt_label'] == b['gt_label']
 
 
-def test_images(demo, checkpoint):
-    output = run('evaluate.py --ckpt small.pth --images --show wrong.png', demo).stdout
-    assert '12 images, centre crop' in output
-    assert 'wrote wrong.png' in output and (demo / 'wrong.png').stat().st_size > 1000
+def test_images(demo, evaluated):
+    output = evaluated('--images --show wrong.png').out
+    assert '12 images of 4 classes, centre crop' in output and '\ntop-1 ' in output and 'top-5' not in output
+    wrong = round(12 * (1 - float(re.search(r'top-1 ([\d.]+)%', output)[1]) / 100))
+    assert output.endswith(f'wrote wrong.png\n8 of {wrong} mistakes\n') and wrong > 8
+    assert (demo / 'wrong.png').stat().st_size > 1000
 
 
 def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
@@ -186,6 +218,120 @@ def test_classify(demo, checkpoint, tmp_path):
     (tmp_path / 'broken.mp4').write_text('no')
     result = run(['evaluate.py', '--ckpt', 'small.pth', str(tmp_path / 'broken.mp4'), *files], demo, expect=1)
     assert 'broken.mp4' in result.stderr and 'my clip.mp4 (video)' in result.stdout
+
+
+def test_names_where_the_checkpoint_has_none(demo, official, evaluated):
+    files = 'data/demo/images_val/dots_000.jpg data/demo/videos_val/dots_falling_000.mp4 --clips 1'
+    lines = evaluated(files, 'official.pth').out.splitlines()
+    assert lines[-14:-12] == [
+        'no names of the 1000 image classes in the checkpoint: they are taken for those of ImageNet',
+        'data/demo/images_val/dots_000.jpg (image)',
+    ]
+    assert lines[-12].endswith('%  tiger shark') and lines[-5].endswith('%  applauding')
+    assert 'no names of the 400 video classes' in lines[-7] and 'Kinetics-400' in lines[-7]
+    (demo / 'own.txt').write_text('\n'.join(f'own {i}a' for i in range(400)))
+    output = evaluated(f'{files} --video-labels own.txt', 'official.pth').out
+    assert '%  own 3a\n' in output and 'tiger shark' in output and 'no names of the 400' not in output
+    (demo / 'kinetics/applauding').mkdir(parents=True)  # class folders that bear their names
+    (demo / 'kinetics/applauding/1.mp4').symlink_to(demo / 'data/demo/videos_val/dots_falling_000.mp4')
+    assert 'top-1 100.00%   top-5 100.00%' in evaluated('--val-list kinetics --clips 1', 'official.pth').out
+
+
+def test_folders_and_a_table(demo, evaluated, tmp_path):
+    (tmp_path / 'a, b').mkdir()
+    video = write_video(tmp_path / 'a, b/clip.mp4', num_frames=20)
+    photo, torn = tmp_path / 'a, b/photo.jpg', tmp_path / 'a, b/torn.jpg'
+    PIL.Image.new('RGB', (70, 50)).save(photo)
+    torn.write_text('no')
+    (tmp_path / 'empty').mkdir()
+    command = [str(tmp_path / 'a, b'), str(tmp_path / 'empty'), '--csv', 'out.csv', '--features', 'files.npz']
+    output = evaluated([*command, '--clips', '2'], code=1)
+    assert f'evaluate.py: {torn}: ' in output.err and output.err.count('\n') == 2
+    assert f'evaluate.py: {tmp_path}/empty: no videos or images are below it' in output.err
+    rows = list(csv.reader((demo / 'out.csv').read_text().splitlines()))
+    assert rows[0] == ['file', 'rank', 'label', 'score']
+    assert [row[:2] for row in rows[1:]] == [[video, str(n)] for n in range(1, 6)] + [
+        [str(photo), str(n)] for n in range(1, 5)
+    ]
+    shown = re.findall(r'^ +([\d.]+)%  (.+)$', output.out, re.M)
+    assert [(label, f'{float(score):.2%}'[:-1]) for *_, label, score in rows[1:]] == [
+        (b, a) for a, b in shown
+    ]
+
+    arrays = np.load(demo / 'files.npz')
+    assert arrays['paths'].tolist() == [video, str(photo), str(torn), str(tmp_path / 'empty')]
+    assert arrays['features'].shape == (4, 32 * 8) and arrays['features'].dtype == np.float32
+    network = checkpoints.build(torch.load(demo / 'small.pth', weights_only=True), 'small.pth')
+    views = data.VideoDataset(None, 'test', 56, num_clips=2).load(video, None)
+    np.testing.assert_allclose(arrays['features'][0], network.features(views).mean(0).detach(), atol=1e-5)
+    assert arrays['scores'].shape == (4, 8) and np.isfinite(arrays['scores'][0]).all()
+    assert np.isnan(arrays['scores'][1]).tolist() == 4 * [False] + 4 * [True]  # images have four classes
+    assert np.isnan(arrays['features'][2:]).all() and np.isnan(arrays['scores'][2:]).all()
+
+
+def test_file_names_may_be_any_bytes(demo, evaluated, tmp_path, monkeypatch):
+    photo = tmp_path / 'ph\udcffoto.jpg'
+    PIL.Image.new('RGB', (70, 50)).save(photo)
+    monkeypatch.setattr(evaluate, 'show', lambda *text, **options: None)  # pytest reads UTF-8 only
+    evaluated([str(photo), '--csv', 'bytes.csv', '--features', 'bytes.npz'])
+    assert (demo / 'bytes.csv').read_bytes().splitlines()[1].startswith(os.fsencode(photo) + b',1,')
+    assert np.load(demo / 'bytes.npz')['paths'].tolist() == [str(photo)]
+
+
+def test_features_of_a_set(demo, checkpoint, evaluated):
+    (demo / 'data/demo/videos_val/torn.mp4').write_text('no video')
+    listed = (demo / 'data/demo/video_val.txt').read_text().splitlines()[:3]
+    (demo / 'three.txt').write_text('\n'.join([listed[0], 'torn.mp4 1', *listed[1:]]))
+    line = '--val-list three.txt --clips 2 --features'
+    output = evaluated(f'{line} set.npz --dump set.pkl')
+    assert 'unreadable, counted as wrong: data/demo/videos_val/torn.mp4' in output.err
+    arrays = dict(np.load('set.npz'))
+    assert arrays['labels'].tolist() == [0, 1, 1, 2] and arrays['scores'].shape == (4, 8)
+    assert arrays['paths'].tolist()[1:3] == [
+        'data/demo/videos_val/torn.mp4',
+        f'data/demo/videos_val/{listed[1][:-2]}',
+    ]
+    network = checkpoints.build(torch.load(checkpoint, weights_only=True), 'small.pth')
+    for path, feature, scores in zip(arrays['paths'], arrays['features'], arrays['scores']):
+        if 'torn' in path:
+            assert np.isnan(feature).all() and np.isnan(scores).all()
+            continue
+        views = data.VideoDataset(None, 'test', 56, num_clips=2).load(path, None)
+        np.testing.assert_allclose(feature, network.features(views).mean(0).detach(), atol=1e-4)
+        np.testing.assert_allclose(scores, network(views).softmax(1).mean(0).detach(), atol=1e-5)
+    run(f'torchrun --nproc_per_node=2 evaluate.py --ckpt small.pth --workers 0 {line} two.npz', demo)
+    two = np.load('two.npz')
+    assert sorted(two) == ['features', 'labels', 'paths', 'scores']
+    for key, value in arrays.items():
+        assert (two[key] == value).all() if key == 'paths' else np.allclose(two[key], value, 1e-4, 1e-5, True)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'file'),
+    [
+        ('--clips 1 --dump', 'full.pkl'),
+        ('--clips 1 --features', 'full.npz'),
+        ('--images --show', 'full.png'),
+        ('data/demo/images_val --csv', 'full.csv'),
+        ('data/demo/images_val --features', 'files.npz'),
+    ],
+)
+def test_a_full_disk_loses_neither_the_metrics_nor_what_was_there(demo, evaluated, arguments, file):
+    (demo / file).write_text('before')
+    before, limits = set(os.listdir(demo)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        output = evaluated(f'{arguments} {file}', code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert output.err == f'evaluate.py: {file} cannot be written (File too large)\n'
+    assert 'top-1 ' in output.out or '%  dots' in output.out
+    assert (demo / file).read_text() == 'before' and set(os.listdir(demo)) == before
+
+
+def test_devices_are_written_to_and_stay(evaluated):
+    assert evaluated('data/demo/images_val/dots_000.jpg --csv /dev/null').out.endswith('wrote /dev/null\n')
+    assert not os.path.isfile('/dev/null')
 
 
 def test_timeline_says_what_is_seen_when(demo, checkpoint, tmp_path):
@@ -242,6 +388,18 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --show nowhere/wrong.png', 'nowhere/wrong.png'),
         ('--ckpt small.pth --show wrong.png a.mp4', '--show and --val-list measure a set'),
         ('--ckpt small.pth --timeline', '--timeline needs a video'),
+        ('--ckpt small.pth --csv out.csv', '--csv any files'),
+        ('--ckpt small.pth --workers -1', "'-1' is not a whole number of at least 0"),
+        ('--ckpt small.pth --features nowhere/a.npz', 'nowhere/a.npz: no file that can be written'),
+        (
+            '--ckpt small.pth --csv /proc/a.csv data/demo/images_val/dots_000.jpg',
+            '/proc/a.csv cannot be written',
+        ),
+        (
+            '--ckpt small.pth --image-labels data/demo/video_labels.txt',
+            '8 names; small.pth has 4 image classes',
+        ),
+        ('--ckpt small.pth --video-labels typo.txt', 'typo.txt'),
         ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known; the 8 that are'),
         ('--ckpt small.pth --images a.jpg', '--images measures the image set'),
         ('--ckpt flipped.pth', 'flipped.pth: a damaged checkpoint (wrong checksum: '),
@@ -263,7 +421,9 @@ def test_bad_input_gets_one_line(demo, checkpoint, fails, arguments, message):
     assert message in fails(
         evaluate.main,
         arguments,
-        code=2 if any(f in arguments for f in ('--clips', 'a.mp4', 'timeline', '--images')) else 1,
+        code=2
+        if any(f in arguments for f in ('--clips', 'a.mp4', 'timeline', '--images', '--workers', 'out.csv'))
+        else 1,
     )
 
 

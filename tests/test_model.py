@@ -156,6 +156,27 @@ def test_each_source_has_its_own_running_statistics():
     assert 'bn1.running_mean' in moved and not any('image' in key for key in moved)
 
 
+def test_what_is_frozen_stays_as_it_is():
+    network = OmniSlowOnly(5, 6, **SMALL)
+    network.freeze_trunk()
+    assert not any(module.training for module in (network.bn1, *network.layer3.modules()))
+    assert network.video_head.training and network.image_head[0].training
+    learning = {key for key, value in network.named_parameters() if value.requires_grad}
+    assert learning == {key for key, _ in network.named_parameters() if '_head.' in key}
+    moving = models.running_statistics(network)
+    assert {value.data_ptr() for value in moving} == {
+        value.data_ptr() for key, value in network.named_buffers() if '_head.' in key and 'running_' in key
+    }
+    start = {key: value.clone() for key, value in network.state_dict().items()}
+    models.set_momentum(network, 1)
+    clips, images = torch.rand(2, 3, 4, 32, 32) * 255, torch.rand(3, 3, 32, 32) * 255
+    assert not network.features(clips).requires_grad  # nothing is kept for a backward pass
+    network(clips, images)
+    moved = {key for key, value in network.state_dict().items() if not torch.equal(value, start[key])}
+    assert {key.split('.')[0] for key in moved} == {'video_head', 'image_head'}
+    assert not network.eval().video_head.training and not network.train().bn1.training
+
+
 def test_folded_batchnorm_changes_nothing():
     network = OmniSlowOnly(5, 6, **SMALL).double().train()
     clips, images = torch.rand(2, 3, 4, 32, 32).double() * 255, torch.rand(3, 3, 32, 32).double() * 255

@@ -713,6 +713,24 @@ def test_titles_are_whole_and_legible(tmp_path):
     assert heights[1] - heights[0] >= 16 * 7
 
 
+def test_short_rows_stand_beside_each_other(tmp_path):
+    reds = [torch.full((1, 3, 8, 8), 0, dtype=torch.uint8) for _ in range(6)]
+    for number, red in enumerate(reds):
+        red[:, 0] = 40 * number + 1
+    prepare.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
+    picture = np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
+    places = [np.argwhere((picture == (40 * number + 1, 0, 0)).all(-1)) for number in range(6)]
+    assert [len(place) for place in places] == [64] * 6
+    corners = [tuple(place.min(0)) for place in places]
+    assert [x // 240 for _, x in corners] == [0, 1, 2, 3, 0, 1] and picture.shape[1] == 960
+    tops = [y for y, _ in corners]
+    assert len(set(tops[:4])) == len(set(tops[4:])) == 1 and tops[4] - tops[0] >= 8 + 2 * 16
+    prepare.draw_rows(
+        tmp_path / 'a.png', [red[..., :1].expand(8, 3, 8, 100) for red in reds[:2]], ['', ''], 8
+    )
+    assert Image.open(tmp_path / 'a.png').width == 8 * (100 + 2) + 2  # long ones do not
+
+
 def test_letters_are_letters_or_their_numbers_but_no_boxes():
     for title, drawn in {
         'Pokémon über niña Łódź': r'Pokemon uber nina \u0141odz',

@@ -192,6 +192,32 @@ def test_killed_in_the_middle_of(undisturbed, demo, dies, function, number):
     assert not list((demo / folder).glob('*.tmp'))
 
 
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo, dies, processes):
+    undisturbed(1)
+    options, folder = '--freeze --init undisturbed1/latest.pth', f'frozen{processes}'
+    line = f'{launch(processes)} {OPTIONS} {options} --workers 1 --work-dir whole_{folder}'
+    assert 'only the heads learn' in run(line, demo).stdout
+    torchrun = launch(processes).removesuffix('train.py')
+    line = f'{torchrun}{dies("torch.nn.utils.clip_grad_norm_", 11, folder)} {options} {SAVE_EACH_STEP}'
+    run(line, demo, expect=-signal.SIGKILL if processes == 1 else 1)
+    line = f'{launch(processes)} {OPTIONS} --workers 1 --work-dir {folder} --resume'
+    assert f'resuming from {folder}/' in run(f'{line} {options}', demo).stdout
+    whole, before = final(demo / f'whole_{folder}'), final(demo / 'undisturbed1')
+    assert same(final(demo / folder), whole)
+    weights = [key for key in before if 'momentum' not in key]
+    moved = {key.split('.')[0] for key in weights if not torch.equal(whole[key], before[key])}
+    assert moved == {'video_head', 'image_head'}
+    saved = torch.load(demo / folder / 'latest.pth', weights_only=True)
+    heads = [value.shape for key, value in saved['model'].items() if '_head.' in key and 'running' not in key]
+    momenta = [state['momentum_buffer'].shape for state in saved['optimizer']['state'].values()]
+    assert momenta == [shape for shape in heads if shape]
+    records = [json.loads(line) for line in (demo / folder / 'log.jsonl').read_text().splitlines()]
+    assert all(record['frozen'] for record in records)
+    result = run(f'{line} --init undisturbed1/latest.pth', demo, expect=1)
+    assert f'{folder}/latest.pth: has --freeze True, now False' in result.stderr
+
+
 def test_torchrun_restarts_a_run_of_which_a_rank_dies(demo, dies):
     """With three ranks, as the sums over two do not depend on their order."""
     options = '--width 4 --videos-per-gpu 3 --images-per-gpu 4'

@@ -60,10 +60,14 @@ def test_demo_trains_validates_and_tests(trained):
     )
     assert '16 videos of 8 classes, 10 clips x 3 crops' in output
     assert '12 images of 4 classes, centre crop' in output
-    last = output.strip().splitlines()[-1]
+    assert '\nevaluate.py --ckpt work_dirs/demo/latest.pth  (30 views of each video; ' in output
+    assert 'image_top1' in output and 'image_top5' not in output and 'video_top5' in output  # of four classes
+    own, last = output.strip().splitlines()[-2:]
     assert last == 'Next: python evaluate.py --ckpt work_dirs/demo/latest.pth --dump result.pkl'
     result = run(last.removeprefix('Next: python '), folder)
     assert '16 videos of 8 classes, 10 clips x 3 crops' in result.stdout and (folder / 'result.pkl').exists()
+    own, comment = own.removeprefix('Next: python ').split('  # ')
+    assert '.mp4 (video)' in run(own, folder).stdout and comment == 'or YOUR.mp4'
     assert '12 images' in run('evaluate.py --ckpt work_dirs/demo/best.pth --images', folder).stdout
 
 
@@ -125,8 +129,16 @@ def test_fine_tuning_takes_all_but_the_heads_that_differ(trained):
     line = f'train.py {SMALL} --video-labels reversed.txt --work-dir reversed --epochs 1 --no-validate'
     output = run(f'{line} --init work_dirs/demo/latest.pth', folder).stdout
     assert 'starting from work_dirs/demo/latest.pth, with a new head for videos\n' in output
-    result = run('train.py --demo --init work_dirs/demo/latest.pth --work-dir wide', folder, expect=1)
+    line = '2 steps are few for a new head (video), which learns from nothing; --epochs 150 makes 300'
+    assert line in output
+    line = 'train.py --demo --init work_dirs/demo/latest.pth --work-dir wide --epochs 1 --workers 1'
+    result = run(f'{line} --width 24', folder, expect=1)
     assert 'work_dirs/demo/latest.pth: weight conv1.weight is (8, 3, 7, 7)' in result.stderr
+    assert result.stderr.endswith('; it needs --width 8 --layers 1 1 1 1\n')
+    for _ in range(2):  # the size is read off the file, and again where the line starts a run anew
+        assert 'are few' not in run(f'{line} --no-validate --resume', folder).stdout
+    settings = torch.load(folder / 'wide/latest.pth', weights_only=True)['settings']
+    assert (settings['width'], settings['layers']) == (8, [1, 1, 1, 1])
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(trained):
@@ -217,6 +229,26 @@ def test_two_processes(demo):
         assert [[Path(path).name for path in batch] for batch in drawn] == expected
 
 
+def test_a_step_of_the_full_network_on_a_cpu_is_announced(demo, monkeypatch, capsys):
+    monkeypatch.chdir(demo)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    lists = ''
+    for source in ('video', 'image'):
+        lists += f'--{source}-list data/demo/{source}_train.txt --{source}-root data/demo/{source}s_train '
+    for options, expected in (
+        ('', 'a step takes about 128 seconds and 21 GB: --width 16 --size 112, or smaller'),
+        ('--accumulate 2 --freeze --init a.pth --width 64 --layers 3 4 6 3', 'about 85 seconds and 2 GB'),
+        ('--width 16 --size 112', ''),
+        ('--videos-per-gpu 2 --images-per-gpu 2 --size 112', ''),
+    ):
+        args = train.parse_args((lists + options).split())
+        opened = sources.open_sources(args)
+        capsys.readouterr()
+        train.say_cpu_cost(args, opened, torch.device('cpu'))
+        output = capsys.readouterr().out
+        assert expected in output and bool(expected) == bool(output)
+
+
 def test_learning_rate_scales_with_the_videos_of_a_step(demo):
     output = run(f'train.py {SMALL} --epochs 1 --auto-scale-lr --lr 0.1 --work-dir scaled', demo).stdout
     assert 'learning rate 0.0125' in output
@@ -289,6 +321,9 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
         ('--demo --resume other.pth', 'other.pth: weights, but no run to go on with; --init'),
         ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
+        ('--demo --freeze', '--freeze needs trained weights: name them with --init or --init-2d'),
+        ('--demo --freeze --resume', '--freeze needs trained weights'),
+        ('--demo --workers -1', "'-1' is not a whole number of at least 0"),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
         ('--demo --epochs 0', "'0' is not a whole number"),
         ('--demo --accumulate 0', "'0' is not a whole number"),
@@ -317,7 +352,7 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'small_text.pth').write_text('hello')
     state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
     torch.save(state, demo / 'other.pth')
-    flags = ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only')
+    flags = ('epochs', 'accumulate', 'lr', 'momentum', 'seed', '--size', 'only', '--workers')
     usage = any(flag in arguments for flag in flags)
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
