@@ -28,8 +28,7 @@ from torch import Tensor
 
 import data
 from runtime import sources
-from runtime.distributed import open_outputs
-from runtime.log import locked
+from runtime.distributed import locked, open_outputs
 from runtime.parallel import in_parallel
 from video import VideoReader, local, open_video, turn, upright
 

@@ -412,7 +412,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             batches = load_from(step)
         while step < end:
             with logger.waiting():
-                drawn = [next(batches) for _ in mine]
+                drawn = guard.draw(batches, args.accumulate)
             save_now, stop = guard.ask(drawn, epoch)  # all processes together, once a step
             if save_now or stop:
                 logger.check()

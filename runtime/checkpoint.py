@@ -2,7 +2,6 @@
 elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load`.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model import OmniSlowOnly
-from runtime.distributed import show
+from runtime.distributed import alone_in, show
 
 # The names that a run gives; whatever else lies in its folder is the user's.
 OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
@@ -164,23 +163,20 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside, folder = Path(f'{target}.{uuid.uuid4().hex}.tmp'), os.open(target.parent, os.O_RDONLY)
-    timeout = socket.getdefaulttimeout()
+    beside, timeout = Path(f'{target}.{uuid.uuid4().hex}.tmp'), socket.getdefaulttimeout()
     try:
-        with suppress(OSError):  # without locks each process fetches for itself
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        if not target.exists():
-            socket.setdefaulttimeout(30)  # torch would wait forever
-            torch.hub.download_url_to_file(url, str(beside), digits and digits[1])
-            load(beside)  # torch does not notice when a transfer breaks off
-            os.replace(beside, target)
+        with alone_in(target.parent):  # without locks each process fetches for itself
+            if not target.exists():
+                socket.setdefaulttimeout(30)  # torch would wait forever
+                torch.hub.download_url_to_file(url, str(beside), digits and digits[1])
+                load(beside)  # torch does not notice when a transfer breaks off
+                os.replace(beside, target)
     except (OSError, ValueError, RuntimeError, HTTPException) as error:
         reason = str(error).replace(f'{beside}:', 'what came:')
         raise OSError(f'{url}: cannot be fetched ({reason}); you can put a copy at {target}') from None
     finally:
         socket.setdefaulttimeout(timeout)
         beside.unlink(missing_ok=True)
-        os.close(folder)
     return target
 
 

@@ -4,27 +4,53 @@ Begin with `processes`, which every command's main opens. Without torchrun there
 sent then, and `gather` and `add_up` give back what they got.
 """
 
+import errno
 import gc
-import multiprocessing
+import math
+import multiprocessing.queues
 import os
+import re
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from runtime.parallel import cores
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows
+    fcntl = resource = None
+
+# Forked workers share the lists, spawned ones copy them; on macOS the system's libraries crash when forked.
+CAN_FORK = 'fork' in multiprocessing.get_all_start_methods() and sys.platform != 'darwin'
+CONTEXT = multiprocessing.get_context('fork' if CAN_FORK else 'spawn')
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'}  # variables of its processes
+
+# How a fault of the machine's shows, and what helps.
+FAULTS = {
+    'open files|ancdata|exit code 24': 'too few files may be open at once: ulimit -n 4096',
+    r'shared memory|unable to mmap|/synchronize\.py': 'shared memory, /dev/shm, is too small or read-only; a '
+    'container takes its size from docker run --shm-size=8g',
+    'AF_UNIX|temporary directory': 'loader workers need a folder with a short path in TMPDIR: TMPDIR=/tmp',
+    r'/popen_\w+\.py': 'no more processes may be started: --workers takes fewer',
+    '^DataLoader|^Pin memory': 'a loader worker has died or hangs, of too little memory, too few open files '
+    '(ulimit -n), or a file that crashes the decoder, as `prepare.py check` finds out; --resume goes on',
+    'gloo|NCCL': 'a process of the run has died or hangs, of too little memory perhaps; --resume goes on',
+}
 
 
 class UserError(ValueError):
     """The run cannot start or go on; the message says what is wrong, where, and what to do."""
-
-
-DIED = 'a process of the run has died or hangs, of too little memory perhaps'
 
 
 # Starting and ending --------------------------------------------------------------------------------------
@@ -34,11 +60,10 @@ DIED = 'a process of the run has died or hangs, of too little memory perhaps'
 def processes(program: str):
     """Join the other processes of torchrun; `with processes('train.py') as device` has this one's device.
 
-    Inside, a mistake of the user's (UserError, OSError) ends every process with one line and status 1, and so
-    does the death of one of them or of a loader worker. Anything else shows its traceback.
+    Inside, a fault of the user's (UserError, OSError) or the machine's ends every process with one line and
+    status 1, and so does the death of one of them or of a loader worker. A bug shows its traceback.
     """
     open_outputs()
-    advice = '; --resume goes on' if program == 'train.py' else ''
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
     try:
         try:
@@ -46,31 +71,38 @@ def processes(program: str):
         finally:
             end_workers()  # first, as the death of one would interrupt what is said below
             signal.signal(signal.SIGINT, before)
-    except UserError as error:
-        show(f'{program}: {error}', file=sys.stderr)
-        leave(1)
-    except (ConnectionError, EOFError) as error:  # a worker broke off while it handed over a batch
-        print(f'{program}: {DIED}{advice} (DataLoader worker: {error})', file=sys.stderr)
-        leave(1)
-    except OSError as error:  # the log cannot be written, say
-        print(f'{program}: {error}', file=sys.stderr)
-        leave(1)
-    except Exception as error:
-        text = str(error)
-        lost = text.startswith(('DataLoader', 'Pin memory')) or 'gloo' in text or 'NCCL' in text
-        if isinstance(error, RuntimeError) and lost:
-            print(f'{program}: {DIED}{advice} ({text.splitlines()[0]})', file=sys.stderr)
-            leave(1)
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        leave(1)
     except SystemExit as stop:  # all ranks have agreed on it
         leave(stop.code)
+    except Exception as error:
+        line = explain(error)
+        if program != 'train.py':
+            line = line.replace('; --resume goes on', '')
+        if not line and not dist.is_initialized():
+            raise
+        sys.unraisablehook = lambda _: None  # a DataLoader that could not begin complains at its end
+        line = f'{program}: {line}' if line else traceback.format_exc()
+        show(line, sys.stderr, everywhere=not isinstance(error, UserError))
+        leave(1)
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
             gc.collect()  # DDP's cycles hold its threads, which abort an interpreter that they outlive
+
+
+def explain(error: Exception) -> str:
+    """The line about a fault of the user's or the machine's; '' of a bug."""
+    text = str(error.__cause__ or error).strip()
+    if isinstance(error, (ConnectionError, EOFError)):  # a worker broke off while it handed over a batch
+        text = f'DataLoader worker: {error}'
+    if isinstance(error, (OSError, EOFError, RuntimeError)):
+        raised = re.findall(r'^\w+Error: .*', text, re.MULTILINE)  # in a worker: the text is its traceback
+        reason = (raised[-1:] or text.splitlines() or [''])[0].split('. ')[0]
+        place = re.findall('File "(.*)"', ''.join(traceback.format_exception(error)))[-1]
+        for sign, line in FAULTS.items():
+            if re.search(sign, (reason if raised else text) + f' {place}' * isinstance(error, OSError)):
+                return f'{line} ({reason})'
+        text = reason if isinstance(error, OSError) else ''
+    return text if isinstance(error, (UserError, OSError)) else ''
 
 
 def open_outputs() -> None:
@@ -94,7 +126,13 @@ def leave(status: int) -> None:
 
 def join(program: str) -> torch.device:
     """This process's own GPU where there is one, else the CPU; joins the other processes under torchrun."""
-    on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK', 0))
+    on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK') or 0)
+    store, names = None, sorted(TORCHRUN & os.environ.keys())
+    if names:
+        try:
+            store, rank, world_size = next(dist.rendezvous('env://'))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f'{error}; without torchrun: unset {" ".join(names)}') from None
     device = torch.device('cuda', local_rank) if on_gpu else torch.device('cpu')
     if on_gpu:
         count, started = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -105,14 +143,13 @@ def join(program: str) -> torch.device:
         # "fp32" on a GPU is TF32, as convolutions have it by default. (The newer way to say it breaks
         # torch.compile before torch 2.11: pytorch issue 166387.)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if 'RANK' in os.environ:
+    if store:
         # gloo carries what lies on the CPU (flags, scores), so that no GPU has to be waited for
         backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
-        store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun keeps this store when it restarts the processes, which must not meet the old ones' keys
             # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
-            store = dist.PrefixStore(f'start {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+            store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
@@ -193,16 +230,16 @@ def stop_together(trouble: str) -> None:
         raise UserError(text)
 
 
-def show(text: str = '', file=None) -> None:
-    """Print a line, on the main process only and above progress bars. A reader that has gone, as `head` does,
-    ends nothing."""
-    if rank():
+def show(text: str = '', file=None, everywhere: bool = False) -> None:
+    """Print a line above progress bars, on the main process or everywhere. A reader that has gone, as `head`
+    does, or a closed terminal ends nothing."""
+    if rank() and not everywhere:
         return
     file = file or sys.stdout
     try:
         tqdm.write(text, file=file)
         file.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -210,11 +247,12 @@ def show(text: str = '', file=None) -> None:
 
 
 def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader whose workers are forked, so that they share the lists (Python 3.14 would start them from
-    nothing, with a copy each), and leave stop signals to the main process."""
+    """A DataLoader whose workers leave stop signals to the main process, and tell it what keeps a batch."""
     if workers:
-        # half an hour is as long as ranks wait for one another
-        options |= {'worker_init_fn': ignore_stop_signals, 'multiprocessing_context': 'fork', 'timeout': 1800}
+        # Half an hour is as long as ranks wait for one another. Only a wait without end, for lack of SIGCHLD,
+        # is one in which a dead worker is noticed.
+        options |= {'timeout': 1800} if hasattr(signal, 'SIGCHLD') else {}
+        options |= {'worker_init_fn': begin_worker, 'multiprocessing_context': CONTEXT}
     return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
 
 
@@ -223,15 +261,74 @@ def default_workers() -> int:
     return max(1, min(16, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
-def ignore_stop_signals(worker_id: int) -> None:
-    """A stop signal to all processes is the main one's to answer."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
+def begin_worker(worker_id: int) -> None:
+    """A stop signal to all processes is the main one's to answer, which has to know what the threads of a
+    worker fail in: they would only print it."""
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    for name in {'SIGSEGV', 'SIGBUS', 'SIGFPE'} & {*dir(signal)}:  # of which torch prints a line
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_reason
+    sys.excepthook = end_worker
+
+
+def send_reason(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
+    """Hand over why a batch cannot be handed over."""
+    queue.put((item[0], ExceptionWrapper(where='in a DataLoader worker')))
+
+
+def end_worker(kind: type, error: BaseException, trace) -> None:
+    """Leave with an errno, if it was not the main process that broke off."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        os._exit(getattr(error, 'errno', 1))
 
 
 def end_workers() -> None:
     """Kill what loader workers are left; a program that ends would wait for them forever otherwise, as they
     do not listen to SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+# What a machine grants, or lacks --------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """CPU cores that the scheduler and, in a container, its quota grant this process."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with suppress(OSError, ValueError), open('/sys/fs/cgroup/cpu.max') as file:  # not everywhere, or 'max'
+        quota, period = map(int, file.read().split())
+        count = min(count, -(-quota // period))
+    return count
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MB; NaN where that is unknown."""
+    if not resource:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == 'darwin' else 10)
+
+
+def locked(file: TextIO) -> bool:
+    """Lock an open file for this process, until that ends, however it ends; False where another has it."""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others mean a file system without locks
+    return True
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time is inside with the same folder; without locks all are."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        with suppress(OSError, AttributeError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(descriptor)

@@ -4,13 +4,16 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from data import Batch, Source
-from runtime.distributed import UserError, add_up, gather, rank, show, stop_together
+from runtime.distributed import STOP_SIGNALS, UserError, add_up, gather, rank, show, stop_together
 
-SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+
+class Stop(BaseException):
+    """A signal ends the wait for a batch. No Exception, as those are taken for unreadable files."""
 
 
 class Guard:
@@ -25,9 +28,12 @@ class Guard:
         self.bad_list.seek(0)
         self.listed = set(self.bad_list)
         self.lost = set()  # (source, place in its list) of each file that this process could not read
-        self.received, self.since, self.last_save = 0, 0.0, time.monotonic()
+        self.received, self.since, self.last_save, self.waiting = 0, 0.0, time.monotonic(), False
         self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
-        for signum in SIGNALS:
+        # A hangup that `nohup` has shielded the run from stays ignored.
+        ignored = [s for s in STOP_SIGNALS if signal.getsignal(s) == signal.SIG_IGN and s != signal.SIGINT]
+        self.signals = [signum for signum in STOP_SIGNALS if signum not in ignored]
+        for signum in self.signals:
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame) -> None:
@@ -43,6 +49,19 @@ class Guard:
                 line = f'\n{name}: saving after this step; once more, after 5 seconds, ends the run now\n'
                 with suppress(OSError):
                     os.write(2, line.encode())
+        if self.waiting:
+            raise Stop
+
+    def draw(self, batches: Iterator, count: int) -> list[dict[str, Batch]]:
+        """The next batches; none once a signal has come, which ends the wait for a disk that hangs, say."""
+        try:
+            try:
+                self.waiting = True
+                return [] if self.received else [next(batches) for _ in range(count)]
+            finally:
+                self.waiting = False
+        except Stop:
+            return []
 
     def ask(self, batches: list[dict[str, Batch]], epoch: int) -> tuple[bool, int]:
         """Before a step on these batches: (save now, the signal to stop by or 0), alike on all ranks.
@@ -55,7 +74,7 @@ class Guard:
         if self.launcher not in (None, os.getppid()):  # a killed torchrun has left this process behind
             self.received = self.received or signal.SIGTERM
         due = rank() == 0 and time.monotonic() - self.last_save > 60 * self.save_minutes
-        asked = [self.received == signum for signum in SIGNALS]
+        asked = [self.received == signum for signum in STOP_SIGNALS]
         in_trouble, due, unreadable, drawn, *asked = add_up(
             bool(lost), due, len(bad), sum(len(part.paths) for part in parts), *asked
         )
@@ -74,7 +93,7 @@ class Guard:
                 f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more '
                 f'than --max-bad {self.max_bad:g} allows; {self.folder}/bad_samples.txt lists them'
             )
-        stop = next((signum for signum, count in zip(SIGNALS, asked) if count), 0)
+        stop = next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
         return bool(due), stop
 
     def name_lost(self, sources: list[Source]) -> None:
@@ -97,5 +116,5 @@ class Guard:
 
     def close(self) -> None:
         """Listen no longer: there is nothing left to save."""
-        for signum in SIGNALS:
+        for signum in self.signals:
             signal.signal(signum, signal.SIG_DFL)

@@ -1,18 +1,14 @@
 """What a run says of itself: lines on the screen, in log.jsonl, and events where TensorBoard is installed."""
 
 import argparse
-import errno
-import fcntl
 import json
 import math
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -20,16 +16,7 @@ from tqdm import tqdm
 
 import data
 from runtime import distributed
-from runtime.distributed import UserError, rank, show, world_size
-
-
-def locked(file: TextIO) -> bool:
-    """Lock an open file for this process, until that ends, however it ends; False where another has it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others mean a file system without locks
-    return True
+from runtime.distributed import UserError, locked, peak_memory, rank, show, world_size
 
 
 class Log:
@@ -61,14 +48,22 @@ class Log:
 
     def open_board(self, step: int) -> None:
         """Write TensorBoard's events as well, from `step` on, if that is installed."""
-        try:
+        with self.optional_board():
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder), purge_step=step + 1, flush_secs=10)
-        except ModuleNotFoundError:
-            return
+
+    @contextmanager
+    def optional_board(self) -> Iterator[None]:
+        """What fails inside turns TensorBoard off, with a line unless it is not installed."""
+        try:
+            yield
         except Exception as error:  # its dependencies fail in many ways
-            show(f'no TensorBoard events: {data.one_line(error)}')
+            if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
+                raise
+            self.board = None
+            if getattr(error, 'name', '') != 'tensorboard':
+                show(f'no more TensorBoard events: {data.one_line(error)}')
 
     def new_line(self) -> None:
         """Begin a new line, and its clock."""
@@ -122,7 +117,7 @@ class Log:
         if self.device.type == 'cuda':
             record['memory_mb'] = torch.cuda.max_memory_allocated() // 2**20
         else:
-            record['memory_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+            record['memory_mb'] = peak_memory()
         record = {key: round(value, 4) if key != 'lr' else lr for key, value in record.items()}
         left = (self.epochs * steps - self.step) * record['time']
         record |= {'unreadable': unreadable, 'eta': str(timedelta(seconds=round(left)))}
@@ -154,7 +149,7 @@ class Log:
             'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in sources),
             f'grad {record["grad_norm"]:.2f}' + f' ({record["skipped"]} skipped)' * (record['skipped'] > 0),
             f'{record["time"]:.3f} s/step (data {record["data_time"]:.3f})',
-            f'{record["memory_mb"]:.0f} MB',
+            f'{record["memory_mb"]:.0f} MB' if record['memory_mb'] > 0 else 'memory unknown',
             f'eta {record["eta"]}',
         ]
         return '  '.join(parts)
@@ -164,9 +159,10 @@ class Log:
         # JSON has no infinity, which a gradient's norm can be
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         print(json.dumps(finite), file=self.file)
-        for key, value in record.items() if self.board else ():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f'{tag}/{key}', value, self.step)
+        with self.optional_board():
+            for key, value in record.items() if self.board else ():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f'{tag}/{key}', value, self.step)
 
     def validation(self, result: dict[str, float]) -> None:
         """Write what the validation of this epoch gave."""
@@ -176,8 +172,9 @@ class Log:
         show(f'epoch {self.epoch + 1}/{self.epochs} validation  {shown}')
 
     def close(self) -> None:
-        if self.board:
-            self.board.close()
+        with self.optional_board():
+            if self.board:
+                self.board.close()
 
 
 def introduce(

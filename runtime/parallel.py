@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import chain
 from multiprocessing.connection import Connection, wait
 
@@ -14,15 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data import one_line
-
-
-def cores() -> int:
-    """CPU cores that the scheduler and, in a container, its quota grant this process."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    with suppress(OSError, ValueError), open('/sys/fs/cgroup/cpu.max') as file:  # not everywhere, or 'max'
-        quota, period = map(int, file.read().split())
-        count = min(count, -(-quota // period))
-    return count
+from runtime.distributed import CONTEXT, cores
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
@@ -67,10 +58,12 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
 def start(function: Callable) -> Connection:
     """Start a process that does the jobs that it is sent; gives the connection to it."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context('fork').Process(target=work, args=(function, there), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+    process, signals = CONTEXT.Process(target=work, args=(function, there), daemon=True), []
+    before = signal.signal(signal.SIGINT, lambda *_: signals.append(_))  # Ctrl-C is for this process alone
     process.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signal.signal(signal.SIGINT, before)
+    for _ in signals:
+        signal.raise_signal(signal.SIGINT)
     there.close()
     return here
 
@@ -83,7 +76,7 @@ def work(function: Callable, connection: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that makes its demo set has its own answer to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     while True:
         job, answer = connection.recv(), ('', False)
