@@ -78,7 +78,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     count, above_0 = data.number(int, 1), data.number(float, 0, above=True)
-    fraction = data.number(float, 0, 1)
     add = settings(parser, 'data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
@@ -111,8 +110,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--accumulate', 'batches per step: one GPU with 8 learns as 8 GPUs do', type=count, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
-    add('--momentum', 'of SGD', type=fraction, default=0.9)
-    add('--weight-decay', 'on every parameter, BatchNorm and biases too', type=fraction, default=1e-4)
+    add('--momentum', 'of SGD', type=data.number(float, 0, 1), default=0.9)
+    add('--weight-decay', 'on all parameters, biases too', type=data.number(float, 0, 1), default=1e-4)
     add('--clip-norm', 'largest norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
@@ -139,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if asked.demo:
         parser.set_defaults(**DEMO)
     if asked.init or asked.init_2d:
-        parser.set_defaults(layers=None, width=None)  # as the checkpoint has them, see `fit_size`
+        parser.set_defaults(layers=None, width=None)  # as the checkpoint has them, see `checkpoint.fit_size`
     return check(parser, parser.parse_args(argv))
 
 
@@ -246,52 +245,6 @@ def train_step(
 # The run --------------------------------------------------------------------------------------------------
 
 
-def fit_size(args: argparse.Namespace, saved: dict | None) -> None:
-    """Where the command line leaves --layers and --width open, take those of the weights to start from."""
-    if not (args.layers and args.width):
-        state = (saved or checkpoint.load(args.init or args.init_2d))['model']
-        size = {'layers': [3, 4, 6, 3], 'width': 64} | checkpoint.architecture(state)
-        args.layers, args.width = args.layers or size['layers'], args.width or size['width']
-
-
-def first_weights(
-    network: nn.Module, args: argparse.Namespace, sources: list[data.Source], steps_per_epoch: int
-) -> None:
-    """Load what a flag names into the network of a new run. Raises OSError or ValueError."""
-    new = []
-    if args.init_2d:
-        checkpoint.load_2d(network, args.init_2d)
-        new = checkpoint.heads(network)
-    elif args.init:
-        labels = {source.name: source.labels for source in sources}
-        new = checkpoint.load_init(network, checkpoint.load(args.init), args.init, labels)
-    elif args.freeze:
-        raise ValueError('--freeze needs trained weights: name them with --init or --init-2d')
-    if new and args.epochs * steps_per_epoch < 300:
-        enough = math.ceil(300 / steps_per_epoch)
-        few = f'{args.epochs * steps_per_epoch} steps are few for a new head ({", ".join(new)})'
-        show(f'{few}, which learns from nothing; --epochs {enough} makes 300')
-
-
-def say_cpu_cost(args: argparse.Namespace, sources: list[data.Source], device: torch.device) -> None:
-    """Say what a step takes, on a CPU, if that is long.
-
-    A rule of thumb: the full network keeps 0.1 GB for each frame of 224x224, and learns from one in 0.6
-    seconds on a core that computes 50 GFLOP/s.
-    """
-    frames = sum(source.per_gpu * math.prod(source.train.shape[1:-2]) for source in sources)
-    frames *= (args.size / 224) ** 2 * sum(args.layers) / 16  # as many of the full network's
-    memory, seconds = 0.1 * frames * args.width / 64, 0.6 * frames * (args.width / 64) ** 2
-    seconds *= args.accumulate / torch.get_num_threads()
-    if args.freeze:  # nothing is kept for a backward pass
-        memory, seconds = memory / 10, seconds / 3
-    if device.type == 'cpu' and seconds > 10:
-        show(
-            f'on this CPU a step takes about {seconds:.0f} seconds and {memory:.0f} GB: --width 16 '
-            '--size 112, or smaller --videos-per-gpu and --images-per-gpu, take less'
-        )
-
-
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """A whole run, from the lists to the last checkpoint. Every process calls it, with the same settings."""
     if args.auto_scale_lr:
@@ -313,7 +266,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
         sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
-        fit_size(args, saved)
+        checkpoint.fit_size(args, saved)
         if saved:
             compare_data(saved, args, sources, path)
     lists = {s.name: [own and own.files.fingerprint for own in (s.train, s.val)] for s in sources}
@@ -330,7 +283,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         if saved:
             checkpoint.load_into(network, saved['model'], path)
         else:
-            first_weights(network, args, sources, sampler.steps_per_epoch)
+            checkpoint.first_weights(network, args, sources, sampler.steps_per_epoch)
     network.to(device)
     if args.freeze:
         network.freeze_trunk()
@@ -377,7 +330,6 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
-    say_cpu_cost(args, sources, device)
     del saved
     with together():
         if args.demo and not args.resume and rank() == 0:  # a demo replaces an older demo

@@ -2,7 +2,9 @@
 elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load`.
 """
 
+import argparse
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -239,6 +241,31 @@ def newest(folder: Path) -> tuple[dict | None, str]:
 
 
 # Into a network -------------------------------------------------------------------------------------------
+
+
+def fit_size(args: argparse.Namespace, saved: dict | None) -> None:
+    """Where the command line leaves --layers and --width open, take those of the weights to start from."""
+    if not (args.layers and args.width):
+        state = (saved or load(args.init or args.init_2d))['model']
+        size = {'layers': [3, 4, 6, 3], 'width': 64} | architecture(state)
+        args.layers, args.width = args.layers or size['layers'], args.width or size['width']
+
+
+def first_weights(network: nn.Module, args: argparse.Namespace, sources: list, steps_per_epoch: int) -> None:
+    """Load what a flag names into the network of a new run. Raises OSError or ValueError."""
+    new = []
+    if args.init_2d:
+        load_2d(network, args.init_2d)
+        new = heads(network)
+    elif args.init:
+        labels = {source.name: source.labels for source in sources}
+        new = load_init(network, load(args.init), args.init, labels)
+    elif args.freeze:
+        raise ValueError('--freeze needs trained weights: name them with --init or --init-2d')
+    if new and args.epochs * steps_per_epoch < 300:
+        enough = math.ceil(300 / steps_per_epoch)
+        few = f'{args.epochs * steps_per_epoch} steps are few for a new head ({", ".join(new)})'
+        show(f'{few}, which learns from nothing; --epochs {enough} makes 300')
 
 
 def build(saved: dict, path: str) -> OmniSlowOnly:

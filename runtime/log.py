@@ -198,6 +198,7 @@ def introduce(
         show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
     if args.freeze:
         show('frozen: only the heads learn, the rest stays as it is')
+    say_cpu_cost(args, sources, computing)
     if args.compile:
         show('compiling: the first 100 steps of a run do without, the next one takes minutes')
     if saved:
@@ -213,3 +214,22 @@ def introduce(
             )
         if saved['epoch'] >= args.epochs:
             show(f'all {args.epochs} epochs are done: nothing is left to train')
+
+
+def say_cpu_cost(args: argparse.Namespace, sources: list, computing: str) -> None:
+    """Say what a step takes, on a CPU, if that is long.
+
+    A rule of thumb: the full network keeps 0.1 GB for each frame of 224x224, and learns from one in 0.6
+    seconds on a core that computes 50 GFLOP/s.
+    """
+    frames = sum(source.per_gpu * math.prod(source.train.shape[1:-2]) for source in sources)
+    frames *= (args.size / 224) ** 2 * sum(args.layers) / 16  # as many of the full network's
+    memory, seconds = 0.1 * frames * args.width / 64, 0.6 * frames * (args.width / 64) ** 2
+    seconds *= args.accumulate / torch.get_num_threads()
+    if args.freeze:  # nothing is kept for a backward pass
+        memory, seconds = memory / 10, seconds / 3
+    if computing.startswith('cpu') and seconds > 10:
+        show(
+            f'on this CPU a step takes about {seconds:.0f} seconds and {memory:.0f} GB: --width 16 '
+            '--size 112, or smaller --videos-per-gpu and --images-per-gpu, take less'
+        )

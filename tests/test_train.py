@@ -17,7 +17,7 @@ import train
 from model import OmniSlowOnly
 from runtime import sources
 from runtime.distributed import join
-from runtime.log import Log
+from runtime.log import Log, say_cpu_cost
 
 REFERENCE = Path(__file__).parent / 'reference'
 SMALL = '--demo --width 8 --workers 1 --images-per-gpu 8'
@@ -244,7 +244,7 @@ def test_a_step_of_the_full_network_on_a_cpu_is_announced(demo, monkeypatch, cap
         args = train.parse_args((lists + options).split())
         opened = sources.open_sources(args)
         capsys.readouterr()
-        train.say_cpu_cost(args, opened, torch.device('cpu'))
+        say_cpu_cost(args, opened, 'cpu')
         output = capsys.readouterr().out
         assert expected in output and bool(expected) == bool(output)
 
