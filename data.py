@@ -13,10 +13,10 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -45,9 +45,9 @@ def refuse_heic(file, name: str) -> NoReturn:
     raise ValueError('HEIC is not read; save it as JPEG')
 
 
-HEIC = b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'
-Image.register_open('HEIC', refuse_heic, lambda start: start[4:8] == b'ftyp' and start[8:12] in HEIC)
-READ = [kind for kind in Image.ID if kind not in UNREAD]
+Image.register_open('HEIC', refuse_heic, lambda start: start[4:11] in (b'ftyphei', b'ftyphev', b'ftypmif'))
+open_image = partial(Image.open, formats=[kind for kind in Image.ID if kind not in UNREAD])
+warnings.filterwarnings('ignore', module='PIL')  # odd metadata, and from 90 to 180 megapixels
 Rng = np.random.Generator
 
 
@@ -233,15 +233,6 @@ class ImageDataset(FileDataset):
         return center_crop(pixels, self.size).unsqueeze(0)
 
 
-@contextmanager
-def open_image(path: str) -> Iterator[Image.Image]:
-    """A picture as Pillow opens it, without warnings of odd metadata or of 90 megapixels, up to 180."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        with Image.open(path, formats=READ) as image:
-            yield image
-
-
 def is_image(path: str) -> bool:
     """Whether a file is for ImageDataset where no list says so: Pillow opens it, and it does not play.
     Anything else is for VideoDataset."""
@@ -258,9 +249,7 @@ def is_image(path: str) -> bool:
 
 def upright(image: Image.Image) -> Image.Image:
     """An opened picture, decoded, turned as its metadata says, in 8 bits. The same again changes nothing.
-
-    Raises ValueError where nothing says which grey is white; a damaged file can raise any Exception.
-    """
+    Raises ValueError where nothing says which grey is white; a damaged file can raise any Exception."""
     image.filename = ''  # by its name Pillow would map a bare TIFF with height and width swapped (11 to 13)
     image.load()
     with suppress(Exception):  # as above
@@ -326,8 +315,7 @@ def center_crop(pixels: Tensor, size: int) -> Tensor:
 
 
 def three_crops(pixels: Tensor) -> Tensor:
-    """uint8 (..., C, H, W) -> (3, ..., C, S, S), S the short side: the two ends and the middle of the long
-    side."""
+    """uint8 (..., C, H, W) -> (3, ..., C, S, S), S the short side: the ends and middle of the long one."""
     height, width = pixels.shape[-2:]
     axis, size = -2 if height > width else -1, min(height, width)
     step = (max(height, width) - size) // 2
@@ -335,10 +323,8 @@ def three_crops(pixels: Tensor) -> Tensor:
 
 
 def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
-    """Size of a picture of height x width once its shorter side is `side`.
-
-    Raises ValueError where the other side is over 100 times longer: the result would fill the memory.
-    """
+    """Size of a picture of height x width once its shorter side is `side`. Raises ValueError where the other
+    side is over 100 times longer: the result would fill the memory."""
     if max(height, width) > 100 * min(height, width):
         raise ValueError(f'{width}x{height} is too long and thin')
     scale = side / min(height, width)
@@ -353,8 +339,7 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit as OpenCV's INTER_LINEAR
-    does.
+    """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit as by OpenCV's INTER_LINEAR.
 
     Weights have 11 bits and the sums are cut off, which makes about one value in ten darker by one level than
     the exact result. A published score depends on that, so evaluation does the same; training need not.
@@ -451,9 +436,8 @@ def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
     batch = {}
     for source in dict.fromkeys(source for source, _ in samples):
         pixels, labels, paths, *bad = zip(*(sample for name, sample in samples if name == source))
-        stacked = None
-        if all(part is not None for part in pixels):
-            stacked = default_collate([part.movedim(0, -1) for part in pixels]).movedim(-1, 1)
+        whole = all(part is not None for part in pixels)
+        stacked = default_collate([part.movedim(0, -1) for part in pixels]).movedim(-1, 1) if whole else None
         batch[source] = Batch(stacked, torch.tensor(labels), [*paths], *(sum(lists, []) for lists in bad))
     return batch
 

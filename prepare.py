@@ -38,9 +38,8 @@ from video import VideoReader, local, open_video, turn, upright
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
     """Read every file of a list or below a folder, or one file, as training and evaluation do, to its end.
 
-    A list with a fifth of videos is one of videos, else of images; below a folder, and of one file, the
-    content tells. Prints the classes that have no readable file. Returns how many files there are, and
-    `path: reason` of each bad one.
+    A list with a fifth of videos is one of videos, else of images; elsewhere each file's content tells.
+    Prints which classes have no readable file. Returns how many files there are, `path: reason` of each bad.
     """
     as_image, kind, names, files = None, 'files', None, None
     if os.path.isdir(source):
@@ -55,8 +54,7 @@ def check(source: str, root: str = '') -> tuple[int, list[str]]:
         files = sources.read_list(source, root, videos=True)
         sources.check_there(files, source, '--root')
         paths = [files.path(index) for index in range(len(files))]
-        some = paths[:: len(paths) // 100 + 1]
-        as_image = sum(map(data.is_image, some)) > 0.8 * len(some)
+        as_image = np.mean([data.is_image(path) for path in paths[:: len(paths) // 100 + 1]]) > 0.8
         kind = 'images' if as_image else 'videos'
     jobs = dict.fromkeys((path, as_image) for path in paths)
     bad = {path: reason for (path, _), reason in in_parallel(check_file, [*jobs], 'checking') if reason}
@@ -76,9 +74,9 @@ def check_file(path: str, as_image: bool | None = None) -> None:
     """Read a file as training and evaluation do, then all of it; None: as its content says. A damaged one
     can raise any Exception."""
     as_image = data.is_image(path) if as_image is None else as_image
-    for mode in ('train', 'val'):  # which decodes a large JPEG at half its size or less; resizes whole frames
-        dataset = data.ImageDataset(None, mode) if as_image else data.VideoDataset(None, mode)
-        dataset.load(path, data.generator('check'))
+    kind = data.ImageDataset if as_image else data.VideoDataset
+    kind(None).load(path, data.generator('check'))  # decodes a large JPEG at half its size or less
+    kind(None, 'val').load(path, None)  # resizes whole frames
     if not as_image:
         with VideoReader(path) as video:
             check_end(video)
@@ -87,11 +85,9 @@ def check_file(path: str, as_image: bool | None = None) -> None:
 
 
 def check_end(video: VideoReader) -> None:
-    """ValueError where a file has lost its end, by what its header says.
-
-    It is taken at its word only where much is missing: counts may be off by a few frames, and the length,
-    which is all that Matroska and WebM have, is that of sound and of a long last frame too.
-    """
+    """ValueError where a file has lost its end, by what its header says. That is trusted only where much is
+    missing: counts may be off by a few frames, and the length, which is all that Matroska and WebM have, is
+    that of sound and of a long last frame too."""
     packets, last = 0, 0.0
     container, stream = open_video(video.path, ignore_editlist='1')  # what MP4 hides by it is counted
     with container:
@@ -110,9 +106,7 @@ def check_end(video: VideoReader) -> None:
 # encode: the same files, smaller and quick to decode -----------------------------------------------------
 
 
-def encode(
-    source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21
-) -> tuple[int, list[str]]:
+def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> tuple[int, list]:
     """Copy all videos and images below a folder, smaller and so that they decode faster.
 
     Names stay as they are, so that lists stay valid: x.avi is x.avi again, with MP4 inside, and x.png with a
@@ -145,9 +139,8 @@ def encode(
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Write a video or an image anew, its short side at most `short_side` (bicubic). Copied as it is: what is
-    as small already and, of videos, H.264 with as many key frames; an animation under the name of an image,
-    which Pillow could not read as a video.
+    """Write a video or an image anew, its short side at most `short_side` (bicubic). What is as small already
+    (a video: H.264 with as many key frames) is copied, and an animation that a list of images may name.
 
     A finished `target` is left alone; one that is there is finished, as it is written beside and renamed.
     Raises OSError where it cannot be written; a damaged source can raise any Exception.
@@ -160,10 +153,10 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
             keep = min(image.size) <= short_side or image.format == 'WEBP' and image.n_frames > 1
     else:
         with VideoReader(source) as video:
-            codec, keep = video.stream.codec_context, source.lower().endswith(data.IMAGE_ENDINGS)
+            codec = video.stream.codec_context
             small = codec.name == 'h264' and min(codec.width, codec.height) <= short_side
-            keep = keep or small and video.group <= gop
-    if keep:
+            keep = small and video.group <= gop
+    if keep or not as_image and source.lower().endswith(data.IMAGE_ENDINGS):
         check_file(source, as_image)
         shutil.copyfile(source, part)
     elif as_image:
@@ -219,10 +212,8 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
 
 
 def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
-    """A frame as it is, unless it has to be turned or is not in YUV: then in 4:4:4, its colours marked.
-
-    Turned in YUV, as the way to RGB and back can cost three levels of 255.
-    """
+    """A frame as it is, unless it has to be turned or is not in YUV: then in 4:4:4, its colours marked. It is
+    turned in YUV, as the way to RGB and back can cost three levels of 255."""
     is_rgb = frame.format.is_rgb or frame.colorspace == 0  # the latter with a palette
     if not is_rgb and not any(turn(frame)):
         return frame
@@ -241,18 +232,15 @@ def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
 
 def show(args: argparse.Namespace) -> None:
     """Draw training clips and images of epoch 0, one of each of three classes, as read and as fed."""
-    rows, titles = [], []
-    for source in ('video', 'image'):
+    rows, titles, clip = [], [], {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
+    for source, kind, options in (('video', data.VideoDataset, clip), ('image', data.ImageDataset, {})):
         file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
         if not file and os.path.exists(f'data/demo/{source}_train.txt'):
             file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
         if not file:
             continue
         files = sources.open_list(file, root, source, None, None, source == 'video')
-        clip = {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
-        dataset = data.VideoDataset(files, size=args.size, **clip)
-        if source == 'image':
-            dataset = data.ImageDataset(files, size=args.size)
+        dataset = kind(files, size=args.size, **options)
         for index in np.unique(files.labels, return_index=True)[1][:3].tolist():
             sample = dataset[0, index]
             if sample.pixels is None:
@@ -353,8 +341,7 @@ def make_demo(
 
     Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
     video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
-    neither. The numbers are per class. A complete set is left as it is; `image_labels.txt`, written last,
-    says so.
+    neither. The numbers are per class. A set that has `image_labels.txt`, written last, is left as it is.
     """
     root = Path(root)
     if (root / 'image_labels.txt').exists():
