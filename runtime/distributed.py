@@ -91,7 +91,7 @@ def processes(program: str):
 
 def explain(error: Exception) -> str:
     """The line about a fault of the user's or the machine's; '' of a bug."""
-    text = str(error.__cause__ or error).strip()
+    text = str(isinstance(error, RuntimeError) and error.__cause__ or error).strip()
     if isinstance(error, (ConnectionError, EOFError)):  # a worker broke off while it handed over a batch
         text = f'DataLoader worker: {error}'
     if isinstance(error, (OSError, EOFError, RuntimeError)):

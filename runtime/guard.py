@@ -54,14 +54,15 @@ class Guard:
 
     def draw(self, batches: Iterator, count: int) -> list[dict[str, Batch]]:
         """The next batches; none once a signal has come, which ends the wait for a disk that hangs, say."""
-        try:
+        drawn = []
+        with suppress(Stop):
             try:
                 self.waiting = True
-                return [] if self.received else [next(batches) for _ in range(count)]
+                if not self.received:
+                    drawn = [next(batches) for _ in range(count)]
             finally:
                 self.waiting = False
-        except Stop:
-            return []
+        return [] if self.received else drawn  # PyAV can take the interruption for a damaged file
 
     def ask(self, batches: list[dict[str, Batch]], epoch: int) -> tuple[bool, int]:
         """Before a step on these batches: (save now, the signal to stop by or 0), alike on all ranks.

@@ -279,11 +279,11 @@ def test_there_are_as_many_processes_as_cores_are_granted():
 )
 def test_a_container_s_quota_counts(monkeypatch, quota, expected):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64), raising=False)
-    monkeypatch.setattr(parallel, 'open', lambda path: io.StringIO(f'{quota}\n'), raising=False)
-    assert parallel.cores() == expected
+    monkeypatch.setattr(distributed, 'open', lambda path: io.StringIO(f'{quota}\n'), raising=False)
+    assert distributed.cores() == expected
     monkeypatch.delattr(os, 'sched_getaffinity')
     monkeypatch.setattr(os, 'cpu_count', lambda: 64)
-    assert parallel.cores() == expected
+    assert distributed.cores() == expected
 
 
 def test_torch_may_have_computed_before(folder):

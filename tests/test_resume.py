@@ -330,7 +330,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
 
 def test_a_killed_loader_worker_ends_the_run_with_a_line(demo, dies):
     result = run(dies('data.crop_box', 30, 'worker'), demo, expect=1)
-    assert result.stderr.startswith('train.py: a process of the run has died or hangs')
+    assert result.stderr.startswith('train.py: a loader worker has died or hangs')
     assert 'DataLoader worker' in result.stderr and 'Traceback' not in result.stderr
 
 
