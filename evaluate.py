@@ -264,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
     if args.files and args.images:
-        parser.error('--images measures the image set; an image file is classified as one by its name')
+        parser.error('--images measures the image set; an image file is known by its content')
     if (args.timeline or args.csv) and not args.files:
         parser.error('--timeline needs a video to classify, --csv any files; of a set, --dump has the scores')
     return args

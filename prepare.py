@@ -448,7 +448,11 @@ def main(argv: list[str] | None = None) -> None:
             make_demo(args.dir)
         elif args.command == 'check':
             open(args.out, 'a').close()  # what cannot be written is said now, not in hours
-            report(args.source, *check(args.source, args.root), args.out)
+            try:
+                report(args.source, *check(args.source, args.root), args.out)
+            finally:
+                if not os.path.getsize(args.out):
+                    os.remove(args.out)
         elif args.command == 'encode':
             bad = os.path.join(args.dst, 'bad_samples.txt')
             report(args.src, *encode(args.src, args.dst, args.short_side, args.gop, args.crf), bad)
