@@ -127,12 +127,6 @@ def leave(status: int) -> None:
 def join(program: str) -> torch.device:
     """This process's own GPU where there is one, else the CPU; joins the other processes under torchrun."""
     on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK') or 0)
-    store, names = None, sorted(TORCHRUN & os.environ.keys())
-    if names:
-        try:
-            store, rank, world_size = next(dist.rendezvous('env://'))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f'{error}; without torchrun: unset {" ".join(names)}') from None
     device = torch.device('cuda', local_rank) if on_gpu else torch.device('cpu')
     if on_gpu:
         count, started = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -143,7 +137,11 @@ def join(program: str) -> torch.device:
         # "fp32" on a GPU is TF32, as convolutions have it by default. (The newer way to say it breaks
         # torch.compile before torch 2.11: pytorch issue 166387.)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if store:
+    if names := sorted(TORCHRUN & os.environ.keys()):
+        try:
+            store, rank, world_size = next(dist.rendezvous('env://'))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f'{error}; without torchrun: unset {" ".join(names)}') from None
         # gloo carries what lies on the CPU (flags, scores), so that no GPU has to be waited for
         backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
