@@ -292,6 +292,9 @@ class Plain(nn.Module):
         x = F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1))
         return self.blocks(x).mean((2, 3, 4))
 
+    def head(self, source):
+        return self.heads[source]
+
     def forward(self, pixels):
         return {source: self.heads[source](self.features(x)) for source, x in pixels.items()}
 
@@ -359,7 +362,7 @@ def step(args: argparse.Namespace) -> None:
 
     def start(make: Callable, batch: dict, precision: str, compiled: bool = False) -> Callable:
         network = make(ours).to(device).train()
-        options = {'force_layout_optimization': True}  # as in training
+        options = {'force_layout_optimization': True, 'triton.cudagraphs': on_gpu}  # as in training
         net = torch.compile(network, options=options) if compiled else network
         optimizer = torch.optim.SGD(network.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
