@@ -133,7 +133,7 @@ class FileDataset(Dataset):
         from the same key takes the place of an unreadable file."""
         training = self.mode == 'train'
         epoch, index = key if training else (0, key)
-        place, bad, lost, replacements = index, [], [], self.generator('replacements', epoch, index)
+        place, bad, lost, replacements = index, [], [], None
         while True:
             path, label = self.files.path(place), int(self.files.labels[place])
             try:
@@ -144,6 +144,7 @@ class FileDataset(Dataset):
                 lost.append(place)
             if not training or len(bad) > 10:
                 return Sample(None, label, path, bad, lost)
+            replacements = replacements or self.generator('replacements', epoch, index)
             place = int(replacements.integers(len(self)))
 
 

@@ -41,9 +41,9 @@ class Log:
         if self.bar is None and rank() == 0:
             self.open_board(step)
         self.epoch, self.epochs, self.step, self.end = epoch, epochs, step, end
-        steps, quiet = end // (epoch + 1), None if rank() == 0 else True
-        title, done = f'epoch {epoch + 1}/{epochs}', step - epoch * steps
-        self.bar = tqdm(desc=title, total=steps, initial=done, leave=False, unit='step', disable=quiet)
+        self.steps, quiet = end // (epoch + 1), None if rank() == 0 else True  # steps of an epoch
+        title, done = f'epoch {epoch + 1}/{epochs}', step - epoch * self.steps
+        self.bar = tqdm(desc=title, total=self.steps, initial=done, leave=False, unit='step', disable=quiet)
         self.new_line()
 
     def open_board(self, step: int) -> None:
@@ -89,7 +89,7 @@ class Log:
         trouble = ''
         for step, paths, means, _ in self.rows:
             if not torch.stack([*means.values()]).isfinite().all():
-                step -= self.epoch * (self.end // (self.epoch + 1))
+                step -= self.epoch * self.steps
                 trouble = (
                     f'loss is not finite in epoch {self.epoch + 1} step {step + 1}, rank {rank()}; no '
                     'checkpoint was touched by it. A lower --lr or --clip-norm may help, or a '
@@ -106,8 +106,7 @@ class Log:
         distributed.average([means])
         norms = torch.stack([norm for *_, norm in self.rows]).tolist()
         finite = [norm for norm in norms if math.isfinite(norm)]
-        steps = self.end // (self.epoch + 1)
-        record = {'epoch': self.epoch + 1, 'step': self.step - self.epoch * steps, 'lr': lr}
+        record = {'epoch': self.epoch + 1, 'step': self.step - self.epoch * self.steps, 'lr': lr}
         record |= dict(zip(self.rows[0][2], means.tolist()))
         record['grad_norm'] = sum(finite) / len(finite) if finite else math.nan
         record['skipped'] = len(norms) - len(finite)
@@ -119,10 +118,10 @@ class Log:
         else:
             record['memory_mb'] = peak_memory()
         record = {key: round(value, 4) if key != 'lr' else lr for key, value in record.items()}
-        left = (self.epochs * steps - self.step) * record['time']
+        left = (self.epochs * self.steps - self.step) * record['time']
         record |= {'unreadable': unreadable, 'eta': str(timedelta(seconds=round(left)))}
         record |= {'frozen': True} if self.frozen else {}
-        show(self.text(record, steps))
+        show(self.text(record))
         self.write(record, 'train')
         self.bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
         for norm in norms:
@@ -138,12 +137,12 @@ class Log:
             if unreadable:
                 show(f'{unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
 
-    def text(self, record: dict, steps: int) -> str:
+    def text(self, record: dict) -> str:
         """A record as one reads it."""
         sources = [key.removesuffix('_loss') for key in record if key.endswith('_loss')]
         losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in sources)
         parts = [
-            f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{steps}',
+            f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{self.steps}',
             f'lr {record["lr"]:.4g}' + ' (heads only)' * self.frozen,
             f'loss {record["loss"]:.3f} ({losses})',
             'top-1 ' + ', '.join(f'{source} {record[f"{source}_top1"]:.1%}' for source in sources),
