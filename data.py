@@ -1,10 +1,10 @@
 """From files to uint8 batches: sampling, augmenting, and the order in which samples are drawn.
 
-Begin with `VideoDataset` and `ImageDataset`, one sample each; then `JointSampler`, which samples make a step.
+Begin with `VideoDataset` and `ImageDataset`, which make one sample; `JointSampler` picks those of a step.
 Lists are read in runtime/sources.py; `python prepare.py` checks, re-encodes and draws the files.
 
 Everything here stays uint8 (RGB, 0..255); the model normalizes. Every random choice comes from a generator
-seeded by what it is for, so a sample looks the same whichever worker makes it, before and after a restart.
+seeded by its purpose, so a sample looks the same whichever worker makes it, before or after a restart.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from video import VideoReader
 
 Image.init()
 Image.register_extensions('HEIC', ['.heic', '.heif'])
-UNREAD = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF'  # formats that Pillow names only
+UNREAD = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF'  # Pillow only recognizes these
 IMAGE_ENDINGS = '.jpg', '.png', *(ending for ending, kind in Image.EXTENSION.items() if kind not in UNREAD)
 VIDEO_ENDINGS = tuple(
     '.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .wmv .asf .ts .mts .m2ts .vob .ogv .3gp .3g2 .mxf '
@@ -47,7 +47,7 @@ def refuse_heic(file, name: str) -> NoReturn:
 
 Image.register_open('HEIC', refuse_heic, lambda start: start[4:11] in (b'ftyphei', b'ftyphev', b'ftypmif'))
 open_image = partial(Image.open, formats=[kind for kind in Image.ID if kind not in UNREAD])
-warnings.filterwarnings('ignore', module='PIL')  # odd metadata, and from 90 to 180 megapixels
+warnings.filterwarnings('ignore', module='PIL')  # about odd metadata, and pictures of 90 to 180 megapixels
 Rng = np.random.Generator
 
 
@@ -61,7 +61,7 @@ def generator(purpose: str, *numbers: int) -> Rng:
 
 @dataclass
 class FileList:
-    """What a list names. Arrays, as a million Python strings would be copied into every worker bit by bit."""
+    """The files of a list, in arrays: workers would copy a million Python strings bit by bit."""
 
     paths: np.ndarray  # bytes (N,), below `root`
     labels: np.ndarray  # int64 (N,)
@@ -74,7 +74,7 @@ class FileList:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def lost(self, unreadable: Iterable[int], kind: str, names: list[str] | None) -> list[str]:
-        """A line for each class whose files are all among the unreadable ones."""
+        """A line for each class whose files are all `unreadable`."""
         counts = np.bincount(self.labels)
         lost = counts == np.bincount(self.labels[[*unreadable]], minlength=len(counts))
         names = names or [f'class {label}' for label in range(len(counts))]
@@ -88,7 +88,7 @@ class FileList:
 
 
 class Sample(NamedTuple):
-    pixels: Tensor | None  # uint8; None if it cannot be read, in training nor any of ten others in its place
+    pixels: Tensor | None  # uint8; None if unreadable; in training, if ten replacements are too
     label: int
     path: str
     bad: list[str]  # `path: reason` of the unreadable files met on the way
@@ -98,7 +98,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """The samples that a step draws of one source."""
 
-    pixels: Tensor | None  # uint8 (B, 3, T, H, W) or (B, 3, H, W); None if one is missing
+    pixels: Tensor | None  # uint8 (B, 3, T, H, W) or (B, 3, H, W); None if any is missing
     labels: Tensor  # int64 (B,)
     paths: list[str]
     bad: list[str]
@@ -107,30 +107,30 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class FileDataset(Dataset):
-    """What videos and images have in common: a list of files, and what a training sample is drawn from."""
+    """What video and image datasets share: the files, the random numbers, replacing what is unreadable."""
 
     files: FileList | None
     mode: str = 'train'  # or 'val' or 'test'
     size: int = 224  # side of the crop
     seed: int = 0
     flip: bool = True
-    purpose: str = ''  # tells this set's random numbers from those of another; default: the class's name
+    purpose: str = ''  # keeps this set's random numbers apart from another's; default: the class's name
 
     @property
     def short_side(self) -> int:
-        """What the shorter side is resized to in evaluation: 256 for crops of 224."""
+        """The length of the shorter side in evaluation: 256 for crops of 224."""
         return self.size * 8 // 7
 
     def __len__(self) -> int:
         return len(self.files)
 
     def generator(self, what: str, epoch: int, index: int) -> Rng:
-        """What a training sample's random choices come from."""
+        """The generator for a training sample's random choices."""
         return generator(f'{self.purpose or type(self).__name__} {what}', self.seed, epoch, index)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """The sample at (epoch, index) of a training set, at `index` else. In training, another one drawn
-        from the same key takes the place of an unreadable file."""
+        """The sample at (epoch, index) of a training set, or at `index` of any other. In training, a file
+        drawn from the same key replaces an unreadable one."""
         training = self.mode == 'train'
         epoch, index = key if training else (0, key)
         place, bad, lost, replacements = index, [], [], None
@@ -152,9 +152,9 @@ class FileDataset(Dataset):
 class VideoDataset(FileDataset):
     """Clips of the listed videos, uint8.
 
-    mode 'train': `dataset[epoch, index]` has a random clip with a random crop, (3, T, size, size). The recipe
-    crops frames that it has resized to a short side of 256; the same share of the frame as it is, resized
-    once, is the same crop: where and how large it is follows from shares of the sides, not from pixels.
+    mode 'train': `dataset[epoch, index]` has a random crop of a random clip, (3, T, size, size). The recipe
+    resizes frames to a short side of 256 before it crops. Here the original frame is cropped and resized
+    once. The crop is the same: its place and size are drawn as shares of the sides, not in pixels.
     mode 'val':   `dataset[index]` has one view, the middle clip's centre crop, (1, 3, T, size, size).
     mode 'test':  `dataset[index]` has num_clips x num_crops views, (V, 3, T, S, S): clips spread evenly over
     the video, cropped at S, the short side that videos are resized to (256 for size 224).
@@ -167,7 +167,7 @@ class VideoDataset(FileDataset):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a training sample."""
+        """Of a training sample's pixels."""
         return 3, self.clip_len, self.size, self.size
 
     def load(self, path: str, rng: Rng | None) -> Tensor:
@@ -211,16 +211,16 @@ class ImageDataset(FileDataset):
 
     def load(self, path: str, rng: Rng | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
-        with open_image(path) as image:  # its size is known, nothing decoded yet
+        with open_image(path) as image:  # the size is known; nothing is decoded yet
             if self.mode == 'train':
-                if image.format not in ('JPEG', 'MPO'):  # whose metadata may come last, or change the size
+                if image.format not in ('JPEG', 'MPO'):  # metadata may come last, or change the size
                     image = upright(image)
                 width, height = image.size
-                with suppress(Exception):  # broken metadata raises anything; the picture may be sound
+                with suppress(Exception):  # broken metadata can raise anything; the picture may be sound
                     if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
                         width, height = height, width
                 box = crop_box(height, width, rng)
-                # Of a JPEG far larger than needed, libjpeg decodes a half, a quarter or an eighth.
+                # libjpeg decodes a JPEG far larger than needed at a half, a quarter or an eighth.
                 scale = self.size / min(box[2:])
                 image.draft('RGB', [math.ceil(side * scale) for side in image.size])
                 image = upright(image)
@@ -235,29 +235,29 @@ class ImageDataset(FileDataset):
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is for ImageDataset where no list says so: Pillow opens it, and it does not play.
+    """Whether a file is for ImageDataset, if no list says so: Pillow opens it and it is not animated.
     Anything else is for VideoDataset."""
     try:
         with open_image(path) as image:
-            if image.format in ('AVIF', 'FLI', 'GIF', 'PNG'):  # of WebP, FFmpeg plays no animation
+            if image.format in ('AVIF', 'FLI', 'GIF', 'PNG'):  # FFmpeg plays no animated WebP
                 return image.n_frames - getattr(image, 'default_image', False) == 1
             return not path.lower().endswith(('.mjpg', '.mjpeg'))  # Pillow sees their first frame
-    except OSError:  # not Pillow's; VideoReader will say what else is wrong
+    except OSError:  # not a picture; VideoReader will say if something else is wrong
         return False
-    except Exception:  # a picture that reading will tell what is wrong with
+    except Exception:  # a picture; reading it will tell what is wrong
         return True
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened picture, decoded, turned as its metadata says, in 8 bits. The same again changes nothing.
-    Raises ValueError where nothing says which grey is white; a damaged file can raise any Exception."""
-    image.filename = ''  # by its name Pillow would map a bare TIFF with height and width swapped (11 to 13)
+    """An opened picture, decoded, rotated as its metadata says, in 8 bits. A second call changes nothing.
+    Raises ValueError if nothing says which grey is white; a damaged file can raise any Exception."""
+    image.filename = ''  # with a name, Pillow 11 to 13 would map a bare TIFF with its sides swapped
     image.load()
     with suppress(Exception):  # as above
-        ImageOps.exif_transpose(image, in_place=True)  # which spares a copy
+        ImageOps.exif_transpose(image, in_place=True)  # to spare a copy
     if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
         raise ValueError('32-bit, signed or floating-point grey, whose white is unknown; save it as 16-bit')
-    if image.mode.startswith('I'):  # more than 8 bits of grey, which convert() would cut off at 255
+    if image.mode.startswith('I'):  # over 8 bits of grey; convert() would clip them at 255
         bits = image.tag_v2[ExifTags.Base.BitsPerSample][0] if image.format == 'TIFF' else 16
         return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
     return image
@@ -269,7 +269,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error says, without its number and path."""
+    """The first line of an error's message, without its number and path."""
     text = getattr(error, 'strerror', None) or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0]
 
@@ -282,23 +282,23 @@ def sample_frames(
 ) -> np.ndarray:
     """Frame numbers of `num_clips` clips of a video with `num_frames` frames -> int64 (num_clips, clip_len).
 
-    With `rng` (training) every clip starts at random, such that clip_len * frame_interval frames lie ahead.
-    Without (validation and test), one clip lies in the middle and several spread evenly from the start to the
-    end. A video too short for a clip starts over at its end.
+    With `rng` (training), each clip starts at random, with clip_len * frame_interval frames ahead of it.
+    Without it (validation and test), a single clip lies in the middle and several are spread evenly from
+    start to end. A video too short for a clip starts over at its end.
     """
     if rng is not None:
         starts = rng.integers(max(num_frames - clip_len * frame_interval, 0) + 1, size=num_clips)
     else:
         last = max(num_frames - (clip_len - 1) * frame_interval - 1, 0)
-        # round() of numpy and the order of these operations decide where a start of x.5 goes
+        # numpy's round() and the order of these operations decide where a start of x.5 goes
         spread = np.round(np.arange(num_clips) * (last / max(num_clips - 1, 1)))
         starts = spread if num_clips > 1 else np.array([last // 2])
     return (starts.astype(np.int64)[:, None] + np.arange(clip_len) * frame_interval) % num_frames
 
 
 def crop_box(height: int, width: int, rng: Rng) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random part: 0.08 to 1 of the area, a ratio of 3/4 to 4/3; where ten
-    tries do not fit it is the centre square."""
+    """(top, left, height, width) of a random crop: 0.08 to 1 of the area, a ratio of 3/4 to 4/3. If ten
+    tries do not fit, it is the centre square."""
     for _ in range(10):
         area = rng.uniform(0.08, 1) * height * width
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -316,7 +316,7 @@ def center_crop(pixels: Tensor, size: int) -> Tensor:
 
 
 def three_crops(pixels: Tensor) -> Tensor:
-    """uint8 (..., C, H, W) -> (3, ..., C, S, S), S the short side: the ends and middle of the long one."""
+    """uint8 (..., C, H, W) -> (3, ..., C, S, S), S the short side, at the ends and middle of the long one."""
     height, width = pixels.shape[-2:]
     axis, size = -2 if height > width else -1, min(height, width)
     step = (max(height, width) - size) // 2
@@ -324,7 +324,7 @@ def three_crops(pixels: Tensor) -> Tensor:
 
 
 def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
-    """Size of a picture of height x width once its shorter side is `side`. Raises ValueError where the other
+    """The new height and width of a picture whose shorter side becomes `side`. Raises ValueError if the other
     side is over 100 times longer: the result would fill the memory."""
     if max(height, width) > 100 * min(height, width):
         raise ValueError(f'{width}x{height} is too long and thin')
@@ -340,10 +340,10 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit as by OpenCV's INTER_LINEAR.
+    """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit like OpenCV's INTER_LINEAR.
 
-    Weights have 11 bits and the sums are cut off, which makes about one value in ten darker by one level than
-    the exact result. A published score depends on that, so evaluation does the same; training need not.
+    Weights have 11 bits and sums are cut off, so about one value in ten is one level darker than the exact
+    result. Published scores depend on that, so evaluation does the same; training need not.
     """
 
     def taps(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -368,14 +368,14 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass
 class Source:
-    """One of the things that the network learns from at once: its data, its classes, its share of a step."""
+    """One kind of data that the network learns from, with its classes and its share of a batch."""
 
     name: str  # also of its head
     labels: list[str] | None  # class names
     classes: int
     train: FileDataset
     val: FileDataset | None
-    per_gpu: int  # samples that a step takes on each process
+    per_gpu: int  # samples in each batch
 
 
 class JointDataset(Dataset):
@@ -393,14 +393,14 @@ class JointSampler:
     """Which samples make a batch, as a function of the step alone: `batch(step, number)` is a list of keys
     (source, pass, index) for `JointDataset`.
 
-    Each source is a stream, pass after pass over its samples, in an order that follows from (source, seed,
-    pass). A step consists of `batches` batches, each with the next `per_gpu` samples of every source: one
-    for each process, and as often as it accumulates. So 8 processes draw what one with `--accumulate 8` does.
+    Each source is a stream: pass after pass over its samples, in an order that follows from (source, seed,
+    pass). A step has `batches` batches, processes times --accumulate, each with the next `per_gpu` samples of
+    every source. So 8 processes draw what one process with `--accumulate 8` draws.
 
-    An epoch is one pass over the first source; an incomplete last step is dropped. The other streams go on
-    from epoch to epoch, as often around as they must. A batch has all sources, as a DataLoader hands batches
-    to its workers in turn: with video and image batches alternating, an even number of workers would leave
-    all the videos to one half of them.
+    An epoch is one pass over the first source; an incomplete last step is dropped. The other streams run on
+    from epoch to epoch, and start over when they end. Every batch has all sources, because a DataLoader hands
+    batches to its workers in turn: if video and image batches alternated, an even number of workers would
+    leave all the videos to half of them.
     """
 
     def __init__(self, sizes: dict[str, int], per_gpu: dict[str, int], batches: int = 1, seed: int = 0):
@@ -416,7 +416,7 @@ class JointSampler:
             )
 
     def batch(self, step: int, number: int = 0) -> list[tuple[str, int, int]]:
-        """The keys of one batch of a step, which is counted from 0 through all epochs."""
+        """The keys of one batch of a step. Steps are counted from 0 through all epochs."""
         keys = []
         for source, count in self.per_gpu.items():
             start = step * self.per_step[source] + number * count

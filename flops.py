@@ -4,10 +4,10 @@
     python flops.py --size 112 --clip-len 16
     python flops.py --plan --cores 128  what the published recipe takes, from measured rates
 
-Published as 54.75G FLOPs and 32.45M parameters are: multiply-accumulates of the convolutions, plus 2 per
-element for every BatchNorm, of one test view of 8x256x256; parameters with a single linear layer 2048 -> 400
-as the head, which is the plain SlowOnly and not the joint model. Multiply-accumulates are counted here by
-torch's own FLOP counter, as 2 each.
+The published 54.75G FLOPs are the multiply-accumulates of the convolutions, plus 2 per element for every
+BatchNorm, of one test view of 8x256x256. The published 32.45M parameters have a single linear layer
+2048 -> 400 as the head: they are those of the plain SlowOnly, not of the joint model. Counting is done by
+torch's own FLOP counter, which counts a multiply-accumulate as 2.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
     for name, module in network.named_modules():
         top = name.split('.')[0]
         part = names.get(top, top)
-        if part in parts and not any(module.children()):  # what contains others has their sum
+        if part in parts and not any(module.children()):  # a module with children has their sum
             macs, norm_ops = parts[part]
             counted = sum(flops.get(f'{type(network).__name__}.{name}', {}).values())
             parts[part] = macs + counted // 2, norm_ops + norms[module]
@@ -56,7 +56,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
-    """Print what a run of the recipe takes, in which CPUs decode what GPUs learn from."""
+    """Print what a run of the recipe takes, with CPUs decoding what GPUs learn from."""
     epochs, steps, images_per_gpu = args.epochs, max(args.videos // (16 * args.gpus), 1), 85
     clips, pictures = (epochs * steps * args.gpus * count for count in (16, images_per_gpu))
     work = 3 * 2 * (clips * clip_macs + pictures * image_macs)  # the backward pass costs two forward passes
@@ -90,7 +90,7 @@ def main() -> None:
     add('--size', type=whole, default=224, help='side of the crop (default: %(default)s)')
     add('--clip-len', type=whole, default=8, help='frames of a clip (default: %(default)s)')
     add('--plan', action='store_true', help='what the published recipe takes, from these rates:')
-    add('--videos', type=whole, default=240_435, help='training videos; these are Kinetics-400')
+    add('--videos', type=whole, default=240_435, help='training videos (default: those of Kinetics-400)')
     add('--epochs', type=whole, default=256, help='passes over the videos (default: %(default)s)')
     add('--gpus', type=whole, default=8, help='GPUs (default: %(default)s)')
     add('--cores', type=whole, default=96, help='CPU cores for decoding (default: %(default)s)')
@@ -102,7 +102,7 @@ def main() -> None:
         ('--video-mb', (0.6, 0.9), 'mean size of a video'),
         ('--image-mb', (0.11, 0.03), 'mean size of an image'),
     ):
-        text = f'{unit}, as it is and after `prepare.py encode` (default: {default[0]} {default[1]})'
+        text = f'{unit}, before and after `prepare.py encode` (default: {default[0]} {default[1]})'
         add(flag, type=above_0, nargs=2, default=default, metavar=('IS', 'ENCODED'), help=text)
     args = parser.parse_args()
     with torch.device('meta'):

@@ -10,9 +10,9 @@ An image is a video of one frame. Time is folded into the batch, so every layer 
 forward path: a spatial convolution sees (B*T, C, H, W), a temporal one sees the same memory as (B, C, T,
 H*W).
 
-Networks: SlowOnly is the slow pathway of SlowFast (Feichtenhofer et al., https://arxiv.org/abs/1812.03982),
-joint training is OmniSource (Duan et al., https://arxiv.org/abs/2003.13042); layer by layer this is
-MMAction2's `slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb`. Begin with `OmniSlowOnly.forward`.
+SlowOnly is the slow pathway of SlowFast (Feichtenhofer et al., https://arxiv.org/abs/1812.03982). MMAction2
+lists the joint training under OmniSource (Duan et al., https://arxiv.org/abs/2003.13042); layer by layer this
+is its `slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb`. Begin with `OmniSlowOnly.forward`.
 """
 
 import copy
@@ -28,11 +28,11 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with shared weights, and running statistics of their own for clips and for images.
+    """BatchNorm2d with shared weights, but separate running statistics for clips and for images.
 
-    While training, each batch is normalized by its own statistics, as always. `running_mean` and
-    `running_var` follow the videos only; images, of whatever source, have `image_running_mean` and
-    `image_running_var`, so that they can be evaluated too.
+    In training, each batch is normalized by its own statistics, as usual. `running_mean` and `running_var`
+    follow the videos only. Images, from any source, have `image_running_mean` and `image_running_var`, so
+    that they can be evaluated too.
     """
 
     def __init__(self, channels: int):
@@ -49,18 +49,18 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances that training moves, float (C,) each: those of what is not frozen."""
+    """The running means and variances, float (C,) each, of the layers that are not frozen."""
     learning = [module for module in network.modules() if module.training]
     named = [item for module in learning for item in module.named_buffers(recurse=False)]
     return [buffer for name, buffer in named if 'running_' in name]
 
 
 def set_momentum(network: nn.Module, number: int, per_step: int = 1) -> None:
-    """The momentum of the running statistics for batch `number` of a run, counted from 1.
+    """Set the momentum of the running statistics for batch `number` of a run, counted from 1.
 
-    In the first hundred steps it is 1 / number, so that all batches count alike. With the recipe's 0.01 from
-    the start, a hundred steps would be evaluated with a third of what was there before: 0 and 1, or the
-    statistics of other data. Later it is the layer's own, shared by the `per_step` batches of a step.
+    In the first hundred steps it is 1 / number, so that all batches count equally. With the recipe's 0.01
+    from the start, a third of the old values (0 and 1, or another data set's statistics) would be left after
+    a hundred steps. Later it is the layer's own, divided among the `per_step` batches of a step.
     """
     even = 1 / number if number <= EVEN_STEPS * per_step else 0
     for module in network.modules():
@@ -81,7 +81,7 @@ class TemporalConv(nn.Conv2d):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         if frames == 1:
-            # A still picture, repeated, would meet all three taps with the same pixels.
+            # In a repeated still picture, all three taps would see the same pixels.
             return F.conv2d(x, self.weight.sum(2, keepdim=True), self.bias)
         height, width = x.shape[2:]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)  # (B*T, C, H, W) -> (B, C, T, H*W)
@@ -90,7 +90,7 @@ class TemporalConv(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1 (over three frames where `temporal`), 3x3 with the stride, 1x1 to 4 * width, added to the
+    """1x1 (over three frames if `temporal`), 3x3 with the stride, 1x1 to 4 * width; added to the
     shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int, temporal: bool):
@@ -130,12 +130,12 @@ class OmniSlowOnly(nn.Module):
         layers: bottleneck blocks of the four stages; (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101.
         width: channels of the stem; the features have 32 times as many.
 
-    Input is uint8, or float of the same range 0..255; it is normalized here, so that nobody can forget to.
-    Setting `model.normalize = False` takes float input that is normalized already. Weights are initialized by
-    PyTorch's defaults and kept in channels-last memory.
+    Input is uint8, or float in the same range 0..255. It is normalized here, so that nobody can forget to;
+    with `model.normalize = False` it must be normalized already. Weights are initialized by PyTorch's
+    defaults and kept in channels-last memory.
 
-    Of another network the program asks these arguments, `from_state_dict`, `head`, `features`, `forward` and,
-    for --freeze, `freeze_trunk` and `train`; `fold_batchnorm` leaves other BatchNorms as they are.
+    A network that replaces this one needs the same arguments, `from_state_dict`, `head`, `features`,
+    `forward` and, for --freeze, `freeze_trunk` and `train`. `fold_batchnorm` leaves other BatchNorms alone.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class OmniSlowOnly(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> 'OmniSlowOnly':
-        """An untrained network of the size of these weights. Raises ValueError for those of another kind."""
+        """An untrained network of the size of these weights. Raises ValueError for weights of another kind."""
         blocks = [
             1 + max((int(key.split('.')[1]) for key in state if key.startswith(f'layer{i}.')), default=-1)
             for i in range(1, 5)
@@ -197,7 +197,7 @@ class OmniSlowOnly(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> 'OmniSlowOnly':
-        """As ever, but what is frozen stays in eval mode and so keeps its running statistics."""
+        """As usual, but frozen parts stay in eval mode and so keep their running statistics."""
         super().train(mode)
         for part in self.children():
             learns = [parameter.requires_grad for parameter in part.parameters()]
@@ -228,7 +228,7 @@ class OmniSlowOnly(nn.Module):
         return x.mean((2, 3)).unflatten(0, (-1, frames)).mean(1)  # (B*T, C, H, W) -> (B*T, C) -> (B, C)
 
     def forward(self, x: Tensor | dict[str, Tensor], images: Tensor | None = None):
-        """{source: pixels} -> {source: logits}; of one tensor logits; of clips and images a pair."""
+        """{source: pixels} -> {source: logits}; one tensor -> logits; clips and images -> a pair."""
         if isinstance(x, dict):
             return {source: self.head(source)(self.features(pixels)) for source, pixels in x.items()}
         if images is not None:

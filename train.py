@@ -1,15 +1,15 @@
 """Train one SlowOnly-R50 on videos and images together.
 
     python train.py --demo                           the whole run on a small set that it makes itself
-    torchrun --nproc_per_node=8 train.py --resume    the published recipe on 8 GPUs; the same line restarts it
+    torchrun --nproc_per_node=8 train.py --resume    the published recipe on 8 GPUs; also resumes it
     python train.py --video-list train.txt --video-root videos --image-list images.txt --image-root images
 
 Each step takes a batch of videos and a batch of images through the same weights, adds the two
 cross-entropies, and does one backward pass and one SGD step. The defaults are MMAction2's published recipe
 (slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb: 77.30 top-1). Without a GPU it runs on the CPU.
 
-Settings come first, then the method (`learning_rate`, `train_step`), then the run, which is `train`: from the
-lists to the last checkpoint. runtime/ has the rest: processes, checkpoints, signals, logging.
+Settings come first, then the method (`learning_rate`, `train_step`), then the run (`train`), from the lists
+to the last checkpoint. runtime/ has the rest: processes, checkpoints, signals, logging.
 """
 
 import argparse
@@ -99,40 +99,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--layers', 'blocks per stage; the default is ResNet-50', type=count, nargs=4, default=(3, 4, 6, 3))
     add('--width', 'channels of the stem', type=count, default=64)
     add('--clip-len', 'frames of a clip', type=count, default=8)
-    add('--frame-interval', 'between frames of a clip; 8 x 8 spans 2 seconds', type=count, default=8)
+    add('--frame-interval', 'from one frame to the next; 8 x 8 spans 2 seconds', type=count, default=8)
     add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=count, default=224)
 
     add = settings(parser, 'recipe')
-    add('--epochs', 'long, as everything is learned from scratch', type=count, default=256)
+    add('--epochs', 'many, because everything is learned from scratch', type=count, default=256)
     add('--warmup-epochs', 'default: in proportion, 34 of 256', type=data.number(int, 0))
-    add('--videos-per-gpu', 'video batch of each process', type=count, default=16)
+    add('--videos-per-gpu', 'videos in a batch of each process', type=count, default=16)
     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
-    add('--accumulate', 'batches per step: one GPU with 8 learns as 8 GPUs do', type=count, default=1)
+    add('--accumulate', 'batches per step: one GPU with 8 learns like 8 GPUs', type=count, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
     add('--momentum', 'of SGD', type=data.number(float, 0, 1), default=0.9)
     add('--weight-decay', 'on all parameters, biases too', type=data.number(float, 0, 1), default=1e-4)
-    add('--clip-norm', 'largest norm of all gradients together', type=above_0, default=40)
+    add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
-    add('--init', 'start from a checkpoint, of its --width and --layers; heads may differ', metavar='CKPT')
-    add('--freeze', 'only the heads learn; the rest stays as --init has it', action='store_true')
+    add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
+    add('--freeze', 'train only the heads; the rest stays as in --init', action='store_true')
 
     add = settings(parser, 'run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
-    add('--resume', 'go on from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
+    add('--resume', 'resume from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
     add('--seed', 'determines the whole run', type=data.number(int, 0, 2**63), default=0)
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
-    add('--precision', 'default: bf16 on a GPU that has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
+    add('--precision', 'default: bf16 if the GPU supports it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
     add('--workers', 'loader processes; default: its share of the cores, up to 16', type=data.number(int, 0))
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
-    add('--val-interval', 'epochs from one validation and checkpoint to the next', type=count, default=4)
-    add('--save-minutes', 'time from one checkpoint to the next', type=above_0, default=10)
+    add('--val-interval', 'epochs between validations and kept checkpoints', type=count, default=4)
+    add('--save-minutes', 'minutes between saves of latest.pth', type=above_0, default=10)
     add('--log-interval', 'steps per log line', type=count, default=20)
-    add('--max-bad', 'share of unreadable samples, and over 20, that ends it', type=above_0, default=0.01)
+    add('--max-bad', 'end at a larger share (and over 20) of bad samples', type=above_0, default=0.01)
 
     asked = parser.parse_known_args(argv)[0]
     if asked.demo:
@@ -176,8 +176,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 def learning_rate(
     step: int, steps_per_epoch: int, base_lr: float = 0.1, warmup_epochs: int = 34, epochs: int = 256
 ) -> float:
-    """The rate of a step, counted from 0. Warm-up: linear from 0.1 * base_lr to base_lr in its last step.
-    Then a half cosine towards 0 (https://arxiv.org/abs/1608.03983, without restarts)."""
+    """The learning rate of a step, counted from 0: a linear warm-up, from 0.1 * base_lr to base_lr in its last
+    step; then a half cosine towards 0 (https://arxiv.org/abs/1608.03983, without restarts)."""
     warmup, total = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
         return base_lr * (0.1 + 0.9 * step / max(warmup - 1, 1))
@@ -206,7 +206,7 @@ def train_step(
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
     """One joint step on batches of `data.collate`: videos and images, one summed loss, one update.
 
-    More than one batch is gradient accumulation: each is normalized by itself, as if another process had it.
+    Several batches mean gradient accumulation: each is normalized by itself, as if another process had it.
     `seeds` are for the dropout of each batch; nothing else here is random. `seen` is how many batches this
     process has trained on before; see `set_momentum`.
 
@@ -219,9 +219,9 @@ def train_step(
         torch.manual_seed(seed)
         pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
         labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
-        net.require_backward_grad_sync = number == len(batches)  # DDP's `no_sync`, but for the last
+        net.require_backward_grad_sync = number == len(batches)  # DDP's `no_sync` for all but the last
         set_momentum(net, seen + number, len(batches))
-        # torch.compile would compile again for each momentum, so it begins when that stays the same.
+        # torch.compile would recompile for each momentum, so it starts once that is constant.
         early = seen + number <= EVEN_STEPS * len(batches)
         eager = torch.compiler.set_stance('force_eager') if early else nullcontext()
         with eager, distributed.autocast(device, precision):
@@ -235,7 +235,7 @@ def train_step(
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-    if precision != 'fp16':  # whose scaler sets it; the fused step changes nothing unless it is 0
+    if precision != 'fp16':  # fp16's scaler sets it; the fused step does nothing unless it is 0
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
@@ -251,11 +251,11 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
     precision, why = distributed.pick_precision(args.precision, device)
     workers = distributed.default_workers() if args.workers is None else args.workers
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without which cuBLAS is not deterministic
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # makes cuBLAS deterministic
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
 
-    # Data and checkpoint. An error of one process inside `together` ends all of them with its line.
+    # Data and checkpoint. An error in one process inside `together` ends all of them with its line.
     with together():
         logger = log.Log(args.work_dir, device, args.freeze)  # makes the folder and locks it
         if args.demo and rank() == 0:
@@ -271,7 +271,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             compare_data(saved, args, sources, path)
     lists = {s.name: [own and own.files.fingerprint for own in (s.train, s.val)] for s in sources}
     found = saved and [saved[key] for key in ('step', 'epoch', 'best')]
-    own = ('_list', '_root', '_labels', '_dir', 'workers')  # of which each node may have its own
+    own = ('_list', '_root', '_labels', '_dir', 'workers')  # these may differ between nodes
     settings = {key: value for key, value in vars(args).items() if not key.endswith(own)}
     distributed.agree((found, lists, precision, settings), 'settings, lists or checkpoints')
 
@@ -297,11 +297,11 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
         optimizer.load_state_dict(saved['optimizer'])
-        for group in optimizer.param_groups:  # the old settings came back with it; the command line's count
+        for group in optimizer.param_groups:  # it brought back the old settings; the new ones count
             group.update(momentum=args.momentum, weight_decay=args.weight_decay)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
-        # Another number of GPUs has other steps: the share of the epoch stays.
+        # With other GPUs an epoch has other steps: the share that is done stays the same.
         step, epoch = saved['step'] * steps_per_epoch // saved['steps_per_epoch'], saved['epoch']
         best = saved['best']
 
@@ -314,14 +314,14 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if world_size() > 1:
         gpu = [device.index] if device.type == 'cuda' else None
         wrapped = DistributedDataParallel(wrapped, gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
-        # DDP orders its buckets, and so its sums, anew after its first backward pass. A pass on nothing does
-        # that now, so that the first step after a restart adds up as every other one does.
+        # DDP reorders its buckets, and so its sums, after its first backward pass. A pass on zeros triggers
+        # that now, so that the first step after a restart adds up in the same order as any other.
         nothing = {source.name: torch.zeros(1, *source.train.shape, device=device) for source in sources}
         with torch.compiler.set_stance('force_eager'):
             sum(logits.sum() for logits in wrapped.eval()(nothing).values()).backward()
     wrapped.train()
 
-    mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # numbers of a step's batches
+    mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # this process's batches of a step
     dataset = data.JointDataset({source.name: source.train for source in sources})
 
     def load_from(first: int):
@@ -386,11 +386,11 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         guard.name_lost(sources)
 
         keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # latest.pth last: a run goes on from it first
+        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # latest.pth last: resuming tries it first
         if keep:
-            batches = None  # the next ones come from fresh workers, as decoding leaves a little memory in use
+            batches = None  # next come fresh workers, because decoding leaves a little memory in use
         if keep and (validated := [source.name for source in sources if source.val is not None]):
-            save('latest.pth')  # so that a validation that fails loses nothing
+            save('latest.pth')  # so that a failed validation loses nothing
             result = validate(network, sources, precision, workers)
             logger.validation(result)
             top1, own = result[f'{validated[0]}_top1'], lists[validated[0]][1]
@@ -410,7 +410,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def validate(
     network: nn.Module, sources: list[data.Source], precision: str, workers: int
 ) -> dict[str, float]:
-    """{'video_top1': ..., 'image_top5': ...} of each source that has a validation set."""
+    """{'video_top1': ..., 'image_top5': ...} for each source that has a validation set."""
     result = {}
     for source in sources:
         if source.val is not None:
@@ -421,7 +421,7 @@ def validate(
             for line in bad:
                 show(f'unreadable, counted as wrong: {line}')
             metrics = evaluate.accuracy(scores, labels)
-            if scores.shape[1] <= 5:  # of which any label would be one
+            if scores.shape[1] <= 5:  # every label would be among them
                 del metrics['top5']
             result |= {f'{source.name}_{key}': round(value, 4) for key, value in metrics.items()}
     return result
@@ -431,8 +431,8 @@ def main(argv: list[str] | None = None) -> nn.Module:
     args = parse_args(argv)
     with distributed.processes('train.py') as device:
         if args.demo and device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-            # Two threads take 0.6 of the time for so small a network; but where one other program runs on two
-            # cores they wait for each other, and take 12 times as long.
+            # Two threads take 0.6 of the time for so small a network. But if another program shares the two
+            # cores, they wait for each other and take 12 times as long.
             torch.set_num_threads(1)
         network = train(args, device)
         ckpt = ['--ckpt', f'{args.work_dir}/latest.pth']
