@@ -180,7 +180,7 @@ class OmniSlowOnly(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> 'OmniSlowOnly':
-        """An untrained network of the size of these weights. Raises ValueError for weights of another kind."""
+        """An untrained network of the size of these weights. Raises ValueError for other kinds of weights."""
         blocks = [
             1 + max((int(key.split('.')[1]) for key in state if key.startswith(f'layer{i}.')), default=-1)
             for i in range(1, 5)

@@ -90,9 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     published = 'default: the published list, if the training list is the published one'
     add('--val-list', f'the same, or lines of "id num_frames label"; {published}')
     add('--val-root', is_root, default=evaluate.VAL_ROOT)
-    add('--image-val-list', f'the same for images; {published}, if it is there')
+    add('--image-val-list', f'the same for images; {published} and it exists')
     add('--image-val-root', is_root, default=evaluate.IMAGE_VAL_ROOT)
-    add('--video-labels', 'class names, one a line; default: those of the class folders, else numbers')
+    add('--video-labels', 'class names, one per line; default: those of the class folders, else numbers')
     add('--image-labels', 'the same for images')
 
     add = settings(parser, 'network')
@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if asked.demo:
         parser.set_defaults(**DEMO)
     if asked.init or asked.init_2d:
-        parser.set_defaults(layers=None, width=None)  # as the checkpoint has them, see `checkpoint.fit_size`
+        parser.set_defaults(layers=None, width=None)  # the checkpoint's, see `checkpoint.fit_size`
     return check(parser, parser.parse_args(argv))
 
 
@@ -176,8 +176,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 def learning_rate(
     step: int, steps_per_epoch: int, base_lr: float = 0.1, warmup_epochs: int = 34, epochs: int = 256
 ) -> float:
-    """The learning rate of a step, counted from 0: a linear warm-up, from 0.1 * base_lr to base_lr in its last
-    step; then a half cosine towards 0 (https://arxiv.org/abs/1608.03983, without restarts)."""
+    """The rate of a step, counted from 0: a linear warm-up, from 0.1 * base_lr to base_lr in its last step;
+    then a half cosine towards 0 (https://arxiv.org/abs/1608.03983, without restarts)."""
     warmup, total = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
         return base_lr * (0.1 + 0.9 * step / max(warmup - 1, 1))
