@@ -2,20 +2,20 @@
 
     python evaluate.py --ckpt work_dirs/omni/best.pth --dump result.pkl     10 clips x 3 crops, top-1, top-5
     python evaluate.py --ckpt work_dirs/omni/best.pth --images              the image set instead
-    python evaluate.py --ckpt work_dirs/omni/best.pth --show wrong.png      and draw the surest mistakes
-    python evaluate.py --ckpt work_dirs/omni/best.pth --features out.npz    and write features, of files too
+    python evaluate.py --ckpt work_dirs/omni/best.pth --show wrong.png      draw confident mistakes too
+    python evaluate.py --ckpt work_dirs/omni/best.pth --features out.npz    write features, of files too
     python evaluate.py --ckpt work_dirs/omni/best.pth clip.mp4 photo.jpg    five likeliest labels of each file
-    python evaluate.py --ckpt work_dirs/omni/best.pth my_clips --csv a.csv  of a folder's, and as a table
-    python evaluate.py --ckpt work_dirs/omni/best.pth long.mp4 --timeline   what is seen when in a long video
+    python evaluate.py --ckpt work_dirs/omni/best.pth my_clips --csv a.csv  of a folder, as a table too
+    python evaluate.py --ckpt work_dirs/omni/best.pth long.mp4 --timeline   what is seen, and when
     torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
 
-Lists, label names and the input's size come from the checkpoint; an official MMAction2 checkpoint has none of
-them and is taken as the published recipe, with the labels of Kinetics-400 and ImageNet. Runs on a GPU where
-there is one, else on the CPU.
+Lists, label names and the input's size come from the checkpoint. An official MMAction2 checkpoint has none of
+these; it is assumed to follow the published recipe, with the labels of Kinetics-400 and ImageNet. Runs on a
+GPU if there is one, else on the CPU.
 
---features writes arrays for `numpy.load`: features (N, 2048) and scores (N, classes), means over the views,
-paths, and the labels of a set. What is unreadable has NaN; so have, among files of both kinds, the scores of
-the smaller head for the classes that it lacks.
+--features writes arrays for `numpy.load`: features (N, 2048) and scores (N, classes), both means over the
+views; paths; and, for a set, labels. Unreadable files have NaN. If videos and images are mixed, so do the
+scores for the classes that the smaller head lacks.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from runtime import checkpoint, distributed, sources
 from runtime.distributed import UserError, gather, rank, show, together, world_size
 from video import VideoReader
 
-# the published validation set; used where neither the command nor the checkpoint names another
+# the published validation set, used if neither the command nor the checkpoint names another
 VAL_LIST = 'data/kinetics400/kinetics400_val_list_videos.txt'
 VAL_ROOT = 'data/kinetics400/videos_val'
 IMAGE_VAL_LIST = 'data/imagenet/meta/val.txt'
@@ -48,8 +48,8 @@ IMAGE_VAL_ROOT = 'data/imagenet/val'
 
 NO_NUMBERS = 'the network gives scores that are not numbers, computing'
 
-# Pixels of all frames in one forward pass. A CPU is fastest with small ones, two views of 8x256x256, as large
-# tensors cost it page faults; a GPU wants more, and 16 such views take about 3 GB in fp32.
+# Pixels of all frames in one forward pass. A CPU is fastest with small passes (two views of 8x256x256), as
+# large tensors cost page faults. A GPU wants more; 16 such views take about 3 GB in fp32.
 PIXELS_PER_PASS = {'cpu': 2**20, 'cuda': 2**23}
 
 
@@ -59,8 +59,8 @@ PIXELS_PER_PASS = {'cpu': 2**20, 'cuda': 2**23}
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Scores (N, classes) and labels (N,) -> {'top1', 'top5', 'mean1'}, fractions of 1.
 
-    mean1 is the mean over the classes of each one's own top-1 accuracy. As in MMAction2, a class that is
-    predicted but never occurs counts with 0. A row of NaN, an unreadable sample, is wrong and predicts none.
+    mean1 is the mean over classes of each class's top-1 accuracy. As in MMAction2, a class that is predicted
+    but never occurs counts as 0. A row of NaN, an unreadable sample, is wrong and predicts nothing.
     """
     labels, readable = np.asarray(labels), ~np.isnan(scores[:, 0])
     ranked = np.argsort(scores, axis=1)[:, ::-1]
@@ -80,7 +80,7 @@ def class_name(names: list[str] | None, label: int) -> str:
 
 
 def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, count: int = 5) -> list[str]:
-    """A line for each of the classes with most errors: how many, and what it is mostly taken for."""
+    """A line for each of the classes with the most errors: how many, and what it is mistaken for."""
     labels = np.asarray(labels)
     predicted = np.where(np.isnan(scores[:, 0]), -1, scores.argmax(1))
     errors = Counter(sorted(labels[predicted != labels].tolist()))
@@ -95,9 +95,9 @@ def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, 
 
 @torch.inference_mode()
 def score_views(network: nn.Module, source: str, views: Tensor, precision: str, features=False) -> Tensor:
-    """Views (V, 3, T, H, W) or (V, 3, H, W) of any number of samples -> their softmax scores by the head of
-    'video' or 'image', float32 (V, classes) on the CPU. With `features` each row goes on with the view's
-    feature, (V, classes + F)."""
+    """Views (V, 3, T, H, W) or (V, 3, H, W) of any number of samples -> softmax scores from the head of
+    'video' or 'image', float32 (V, classes) on the CPU. With `features`, the view's feature follows in each
+    row, (V, classes + F)."""
     device = next(network.parameters()).device
     rows = []
     for part in views.split(max(1, PIXELS_PER_PASS[device.type] // views[0, 0].numel())):
@@ -119,17 +119,17 @@ def predict(
     progress: str = '',
     features: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Scores of a whole 'val' or 'test' dataset by one head, the mean over each sample's views.
+    """Scores of a whole 'val' or 'test' dataset from one head, means over each sample's views.
 
-    Returns scores float32 (N, classes), which features follow as in `score_views`, labels int64 (N,) in the
-    dataset's order, and a line for each unreadable file, whose scores are NaN. Under torchrun every rank
-    takes its share and all return the whole. Raises UserError if no file can be read, or if scores are not
+    Returns scores float32 (N, classes), with features as in `score_views`; labels int64 (N,) in the dataset's
+    order; and a line for each unreadable file, whose scores are NaN. Under torchrun each rank scores its
+    share and all return the whole. Raises UserError if no file can be read, or if scores are not
     numbers.
     """
     device = next(network.parameters()).device
     if device.type == 'cpu':
         network = fold_batchnorm(network, is_image=isinstance(dataset, data.ImageDataset))
-    else:  # where cuDNN would add the bias, which a folded convolution has, in a pass of its own
+    else:  # not folded: cuDNN would add a folded convolution's bias in a pass of its own
         network = copy.deepcopy(network).eval()
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
     batches = distributed.loader(share, workers, batch_size=batch_size, collate_fn=list)
@@ -149,14 +149,14 @@ def predict(
     for r, part in enumerate(gather(own)):
         scores[r :: world_size()] = part
     if len(bad) == len(dataset):
-        raise UserError(f'none of the {len(dataset)} files can be read, the first one {bad[0]}')
+        raise UserError(f'none of the {len(dataset)} files can be read, the first is {bad[0]}')
     if np.isnan(scores).any(1).sum() > len(bad):
         raise UserError(f'{NO_NUMBERS} in {precision}')
     return scores, dataset.files.labels, bad
 
 
 def classes(network: nn.Module, source: str) -> int:
-    """How many classes the head of 'video', 'image' or another source knows; 0 where there is none."""
+    """How many classes the head of 'video', 'image' or another source knows; 0 if there is none."""
     head = network.head(source)
     return list(head.parameters())[-1].shape[0] if head else 0
 
@@ -187,9 +187,9 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
 def show_mistakes(
     out: str, dataset: Dataset, scores: np.ndarray, labels: np.ndarray, names: list[str] | None
 ) -> int:
-    """Draw, as a PNG, the eight wrongly classified samples whose wrong label scores highest, each one under
-    both labels and their scores. `dataset` is a 'val' one: of a video its middle clip is drawn. Returns how
-    many such samples there are; with none, nothing is written."""
+    """Draw a PNG of the eight misclassified samples whose wrong label scores highest, each under both labels
+    and their scores. `dataset` is a 'val' one, so a video shows its middle clip. Returns the number of
+    misclassified samples; if it is 0, nothing is written."""
     predicted, rows, titles = scores.argmax(1), [], []
     own, highest = scores[np.arange(len(labels)), labels], scores.max(1)
     wrong = np.flatnonzero((predicted != labels) & ~np.isnan(own))
@@ -206,8 +206,8 @@ def show_mistakes(
 
 def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> tuple:
     """What a video or image file shows: a text, the five likeliest labels as (label, score), its scores
-    (classes,) and its feature (F,). The text has those labels; with --timeline the three likeliest of each of
-    a video's clips, which are spread evenly over it."""
+    (classes,) and its feature (F,). The text lists those labels or, with --timeline, the three likeliest for
+    each clip of a video; the clips are spread evenly over it."""
     if data.is_image(path):
         kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
     else:
@@ -243,30 +243,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('files', nargs='*', metavar='FILE', help='videos, images, folders: classify these, measure no set')
+    add('files', nargs='*', metavar='FILE', help='videos, images or folders to classify; no set is measured')
     add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')
     add('--dump', metavar='PKL', help="write scores and labels in the format of MMAction2's result.pkl")
     add('--features', metavar='NPZ', help='write features and scores of a set, or of files; see below')
-    add('--show', metavar='PNG', help='draw the surest of the wrongly classified clips, with their scores')
-    add('--timeline', action='store_true', help='of a long video to classify, what is seen when')
+    add('--show', metavar='PNG', help='draw the most confident mistakes, with their scores')
+    add('--timeline', action='store_true', help='for a long video to classify: what is seen, and when')
     add('--csv', metavar='CSV', help='write the five likeliest labels of each file: file, rank, label, score')
     add('--images', action='store_true', help='measure the image set, one centre crop each')
     add('--val-list', help="list, or folder of class folders, to measure; default: the checkpoint's")
-    add('--val-root', help="folder that the list's paths are below; default: the checkpoint's")
-    add('--video-labels', metavar='TXT', help="class names, one a line; default: the checkpoint's")
+    add('--val-root', help="folder that the list's paths start from; default: the checkpoint's")
+    add('--video-labels', metavar='TXT', help="class names, one per line; default: the checkpoint's")
     add('--image-labels', metavar='TXT', help='the same for images')
     count = data.number(int, 1)
     add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
-    add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 on a GPU that has it, else fp32')
+    add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
     add('--workers', type=data.number(int, 0), help='loader processes; default: one per core, at most 16')
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
     if args.files and args.images:
-        parser.error('--images measures the image set; an image file is known by its content')
+        parser.error('--images measures the image set; image files are recognized by their content')
     if (args.timeline or args.csv) and not args.files:
-        parser.error('--timeline needs a video to classify, --csv any files; of a set, --dump has the scores')
+        parser.error('--timeline needs a video to classify, --csv any files; for sets, --dump has the scores')
     return args
 
 
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """What the command does, in processes that are there."""
+    """The command itself, once its processes have joined."""
     with together():
         for path in filter(None, (args.dump, args.features, args.show, args.csv)) if rank() == 0 else ():
             prepare.check_writable(path)
@@ -301,7 +301,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
-    """Print what each file shows, write what was asked for; exit with 1 if a file could not be read."""
+    """Print what each file shows and write what was asked for. Exit with 1 if a file could not be read."""
     paths, table, rows = [], [], []
     for path in args.files:
         below = sources.files_below(path, data.ENDINGS) if os.path.isdir(path) else []
@@ -351,7 +351,7 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
 
 
 def measure(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict) -> None:
-    """Score a validation set, print its metrics, write what was asked for."""
+    """Score a validation set, print its metrics, and write what was asked for."""
     kind = 'image' if args.images else 'video'
     with together():
         dataset = open_set(network, args, trained, settings, names)
@@ -366,7 +366,7 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
     unreadable = f', {len(bad)} of them unreadable' if bad else ''
     show(f'{len(dataset)} {kind}s of {scores.shape[1]} classes, {views}{unreadable}')
-    top5 = f'top-5 {result["top5"]:.2%}   ' if scores.shape[1] > 5 else ''  # any label would be one
+    top5 = f'top-5 {result["top5"]:.2%}   ' if scores.shape[1] > 5 else ''  # else every label is among them
     show(f'top-1 {result["top1"]:.2%}   {top5}mean class {result["mean1"]:.2%}')
     if mistakes := confusions(scores, labels, names[kind]):
         show('most errors:\n  ' + '\n  '.join(mistakes))

@@ -1,9 +1,9 @@
-"""Making data ready: a small set to try things with; files of one's own checked, made faster, looked at.
+"""Prepare data: make a small set to try things with; check, speed up and view your own files.
 
 python prepare.py demo DIR            the small set of videos and images that `train.py --demo` trains on
 python prepare.py check SOURCE        read every file as training will, and name what cannot be read
-python prepare.py encode SRC DST      a smaller copy of a tree of videos or images that decodes faster
-python prepare.py show OUT.png        a picture of training samples, as they are read and as they are fed
+python prepare.py encode SRC DST      a smaller, faster-decoding copy of a tree of videos or images
+python prepare.py show OUT.png        a picture of training samples, as read from disk and as fed
 """
 
 import argparse
@@ -32,14 +32,15 @@ from runtime.distributed import locked, open_outputs
 from runtime.parallel import in_parallel
 from video import VideoReader, local, open_video, turn, upright
 
-# check: what neither training nor evaluation may stumble over ---------------------------------------------
+# check: what training and evaluation cannot read ----------------------------------------------------------
 
 
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
-    """Read every file of a list or below a folder, or one file, as training and evaluation do, to its end.
+    """Read one file, or every file of a list or folder, to the end, as training and evaluation do.
 
-    A list with a fifth of videos is one of videos, else of images; elsewhere each file's content tells.
-    Prints which classes have no readable file. Returns how many files there are, `path: reason` of each bad.
+    A list counts as one of videos if a fifth of it are videos, else of images; without a list, each file's
+    content decides. Prints the classes without a readable file. Returns the number of files and `path:
+    reason` for each bad one.
     """
     as_image, kind, names, files = None, 'files', None, None
     if os.path.isdir(source):
@@ -71,8 +72,8 @@ def is_text(path: str) -> bool:
 
 
 def check_file(path: str, as_image: bool | None = None) -> None:
-    """Read a file as training and evaluation do, then all of it; None: as its content says. A damaged one
-    can raise any Exception."""
+    """Read a file as training and evaluation do, then all of it. `as_image` None lets its content decide. A
+    damaged file can raise any Exception."""
     as_image = data.is_image(path) if as_image is None else as_image
     kind = data.ImageDataset if as_image else data.VideoDataset
     kind(None).load(path, data.generator('check'))  # decodes a large JPEG at half its size or less
@@ -85,11 +86,11 @@ def check_file(path: str, as_image: bool | None = None) -> None:
 
 
 def check_end(video: VideoReader) -> None:
-    """ValueError where a file has lost its end, by what its header says. That is trusted only where much is
-    missing: counts may be off by a few frames, and the length, which is all that Matroska and WebM have, is
-    that of sound and of a long last frame too."""
+    """Raise ValueError if the header shows that a file has lost its end. It is trusted only if much is
+    missing: counts may be off by a few frames, and the length, which is all that Matroska and WebM have,
+    includes the sound and a long last frame."""
     packets, last = 0, 0.0
-    container, stream = open_video(video.path, ignore_editlist='1')  # what MP4 hides by it is counted
+    container, stream = open_video(video.path, ignore_editlist='1')  # count what it hides in MP4
     with container:
         for packet in container.demux(stream):
             packets += bool(packet.size)  # the last one is empty
@@ -97,7 +98,7 @@ def check_end(video: VideoReader) -> None:
         duration = (container.duration or 0) / av.time_base
         count, length = stream.frames, float(stream.frames / (stream.average_rate or 30))
     end = last * packets / max(packets - 1, 1)  # of the last frame
-    if packets < 0.9 * count and end < 0.9 * length:  # in time too, as AVI counts frames left out
+    if packets < 0.9 * count and end < 0.9 * length:  # in time too, because AVI counts dropped frames
         raise ValueError(f'only {packets} of {count} frames are there')
     if not count and last < duration / 2 - 1:
         raise ValueError(f'ends after {last:.1f} of {duration:.1f} seconds')
@@ -107,17 +108,16 @@ def check_end(video: VideoReader) -> None:
 
 
 def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> tuple[int, list]:
-    """Copy all videos and images below a folder, smaller and so that they decode faster.
+    """Copy all videos and images below a folder, smaller and faster to decode.
 
-    Names stay as they are, so that lists stay valid: x.avi is x.avi again, with MP4 inside, and x.png with a
-    JPEG inside; FFmpeg and Pillow go by that. What is finished is left alone, so a copy that was stopped goes
-    on. Returns how many there are, and `path: reason` of each bad one. ValueError for folders that do not
-    fit, OSError for a full disk.
+    Names stay the same, so lists stay valid: x.avi then holds an MP4 and x.png a JPEG; FFmpeg and Pillow look
+    at the content. Finished files are left alone, so a stopped copy can go on. Returns the number of files,
+    and `path: reason` for each bad one. Raises ValueError for unsuitable folders, OSError for a full disk.
     """
     if not os.path.isdir(source):
         raise ValueError(f'{source}: not a folder; encode takes a folder of videos or images')
     if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
-        raise ValueError(f'{target}: the copy needs a folder of its own outside {source}, which is data')
+        raise ValueError(f'{target}: the copy needs a folder of its own outside {source}')
     paths = sources.files_below(source, data.ENDINGS)
     if not paths:
         raise ValueError(f'{source}: no videos or images below it')
@@ -125,7 +125,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     for folder in {*map(os.path.dirname, copies), target}:
         os.makedirs(folder, exist_ok=True)
     if there := sum(map(os.path.exists, copies)):
-        print(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
+        print(f'{there} of {len(paths)} files are already in {target} and stay, whatever their settings')
     lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
@@ -139,11 +139,11 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Write a video or an image anew, its short side at most `short_side` (bicubic). What is as small already
-    (a video: H.264 with as many key frames) is copied, and an animation that a list of images may name.
+    """Re-encode a video or image, its short side at most `short_side` (bicubic). A file already as small (a
+    video: H.264 with as many key frames) is copied; so is an animation that a list of images may name.
 
-    A finished `target` is left alone; one that is there is finished, as it is written beside and renamed.
-    Raises OSError where it cannot be written; a damaged source can raise any Exception.
+    A `target` that exists is finished, because it is written beside and renamed; it is left alone. Raises
+    OSError if it cannot be written; a damaged source can raise any Exception.
     """
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
@@ -178,8 +178,8 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     """Write an MP4 of H.264: upright, a key frame every `gop` frames, 8 bits in 4:2:0, without sound; frame
     by frame the same video, at the same times, in the same colours.
 
-    The settings are those of many that decode fastest for their size at equal PSNR: no B-frames, and by
-    `fastdecode` neither CABAC nor deblocking.
+    Of many settings tried, these decode fastest for their size at equal PSNR: no B-frames and, through
+    `fastdecode`, neither CABAC nor deblocking.
     """
     with VideoReader(source) as video, av.open(local(target), 'w', format='mp4') as container:
         check_end(video)
@@ -187,7 +187,7 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
         options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'
         stream = container.add_stream('libx264', video.stream.average_rate or 30, options)
         codec, reformatter, number = stream.codec_context, VideoReformatter(), -1
-        codec.time_base = Fraction(1, 1_200_000)  # of which a frame lasts a whole number at the usual rates
+        codec.time_base = Fraction(1, 1_200_000)  # at the usual rates a frame lasts a whole number of these
         order = np.arange(len(video))
         times = np.maximum.accumulate(np.round(video.times(order) * 1_200_000) - order) + order  # all differ
         for (number, frame), time in zip(video.decode(), times.astype(int).tolist()):
@@ -196,7 +196,7 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
                 side = min(short_side, frame.width, frame.height)
                 sides = data.short_side_to(side, frame.height, frame.width)
                 codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # even, for 4:2:0
-                # Where these are not said, BT.601 and limited range are what a reader takes them for.
+                # If these are unspecified, readers assume BT.601 and limited range.
                 codec.colorspace, codec.color_range = frame.colorspace, frame.color_range
                 codec.color_primaries, codec.color_trc = frame.color_primaries, frame.color_trc
                 size = codec.width, codec.height
@@ -204,7 +204,7 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
                 frame, *size, 'yuv420p', interpolation='BICUBIC', dst_color_range=codec.color_range, threads=1
             )
             frame.pts, frame.time_base = time, codec.time_base
-            frame.pict_type = PictureType.NONE  # else it would be a key frame again where it was one
+            frame.pict_type = PictureType.NONE  # else a former key frame would become one again
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if number + 1 < len(video):
@@ -212,8 +212,8 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
 
 
 def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
-    """A frame as it is, unless it has to be turned or is not in YUV: then in 4:4:4, its colours marked. It is
-    turned in YUV, as the way to RGB and back can cost three levels of 255."""
+    """A frame unchanged, unless it must be rotated or is not in YUV; then in 4:4:4, its colours tagged. It is
+    rotated in YUV, because going to RGB and back can cost three levels of 255."""
     is_rgb = frame.format.is_rgb or frame.colorspace == 0  # the latter with a palette
     if not is_rgb and not any(turn(frame)):
         return frame
@@ -262,10 +262,10 @@ def show(args: argparse.Namespace) -> None:
 
 
 def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
-    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, every row under its label.
+    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, a label above each row.
 
-    Short rows stand beside each other, as many as 960 pixels have room for. A label takes as many lines as it
-    needs. Raises OSError where `out` cannot be written.
+    Short rows stand side by side, as many as fit into 960 pixels. A label takes as many lines as it needs.
+    Raises OSError if `out` cannot be written.
     """
     gap, line, font = 2, 16, ImageFont.load_default(12)
     strips = []  # the pictures of a row beside each other
@@ -292,7 +292,7 @@ def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str],
 
 @contextlib.contextmanager
 def whole_file(path: str, mode: str = 'wb', **options):
-    """A file to write, which becomes `path` at the end: whole, or what was there stays. OSError names it."""
+    """A file to write that replaces `path` at the end, whole or not at all. OSError names it."""
     beside = path if is_device(path) else f'{path}.part'
     try:
         with open(beside, mode, **options) as file:
@@ -306,7 +306,7 @@ def whole_file(path: str, mode: str = 'wb', **options):
 
 
 def check_writable(path: str) -> None:
-    """OSError where `whole_file` would fail at once."""
+    """Raise OSError if `whole_file` would fail at once."""
     there = path if is_device(path) else os.path.dirname(path) or '.'
     if os.path.isdir(path) or not os.access(there, os.W_OK):
         raise OSError(f'{path}: no file that can be written')
@@ -318,15 +318,15 @@ def is_device(path: str) -> bool:
 
 
 def ascii_lines(text: str, width: int) -> list[str]:
-    """A text in lines of at most `width` letters that Pillow's own font has: accents are left off, anything
-    else is written like \\u4e2d."""
+    """A text in lines of at most `width` characters of Pillow's own font. Accents are dropped; anything else
+    that it lacks is written like \\u4e2d."""
     text = ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c))
     return textwrap.wrap(text.encode('ascii', 'backslashreplace').decode(), width)
 
 
 # demo: a small set of real files --------------------------------------------------------------------------
 
-DEMO_PATTERNS = {  # where each is bright, in coordinates that are 1 from one repetition to the next
+DEMO_PATTERNS = {  # where each is bright; coordinates grow by 1 per repetition
     'stripes': lambda y, x: (y % 1 < 0.5) | (0 * x > 0),
     'checks': lambda y, x: (y % 1 < 0.5) ^ (x % 1 < 0.5),
     'dots': lambda y, x: (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2,
@@ -339,9 +339,9 @@ def make_demo(
 ):
     """Make a small set of real files below a folder: MP4 videos, JPEG images, their lists and label maps.
 
-    Images show one of four patterns. Videos show one of them rising or falling, eight classes: any of a
-    video's frames is as likely in the other direction, so it takes several to tell, and mirroring changes
-    neither. The numbers are per class. A set that has `image_labels.txt`, written last, is left as it is.
+    Images show one of four patterns. Videos show one of them rising or falling, which makes eight classes. A
+    single frame is equally likely in both directions, so it takes several to tell; mirroring changes neither.
+    Counts are per class. A set that has `image_labels.txt`, which is written last, is left as it is.
     """
     root = Path(root)
     if (root / 'image_labels.txt').exists():
@@ -409,30 +409,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     count, default = data.number(int, 1, 2**20), ' (default: %(default)s)'
     add = command(make_demo, 'demo', 'DIR')
-    add('dir', metavar='DIR', help='folder to make it in; a set that is there is kept')
+    add('dir', metavar='DIR', help='folder to make it in; an existing set is kept')
 
     add = command(check, 'check', 'SOURCE')
-    add('source', metavar='SOURCE', help='"path label" lines, a folder of videos or images, or one of them')
-    add('--root', default='', help='folder that the paths of a list are below')
-    add('--out', default='bad_samples.txt', help='file that lists what is bad, with reasons' + default)
+    add('source', metavar='SOURCE', help='a list, a folder of videos or images, or one file')
+    add('--root', default='', help='folder that the paths of a list start from')
+    add('--out', default='bad_samples.txt', help='file for the list of bad files, with reasons' + default)
 
     add = command(encode, 'encode', 'SRC DST')
     add('src', metavar='SRC', help='folder of videos or images, at any depth')
-    add('dst', metavar='DST', help='folder for the copies; its bad_samples.txt lists what is bad')
-    add('--short-side', type=count, default=256, help='pixels, where there are more' + default)
+    add('dst', metavar='DST', help='folder for the copies; its bad_samples.txt lists bad files')
+    add('--short-side', type=count, default=256, help='at most, in pixels' + default)
     add('--gop', type=count, default=4, help='frames from one key frame to the next' + default)
     add(
         '--crf',
         type=data.number(int, 0, 52),
         default=21,
-        help='of libx264, 0 to 51: more is smaller' + default,
+        help='of libx264, 0 to 51: higher is smaller' + default,
     )
 
     add = command(show, 'show', 'OUT.png')
     add('out', metavar='OUT.png', help='picture to write')
     for source in ('video', 'image'):
         add(f'--{source}-list', metavar='LIST', help="or class folders; default: data/demo's, if it is there")
-        add(f'--{source}-root', metavar='DIR', help=f'folder that the paths of the {source} list are below')
+        add(f'--{source}-root', metavar='DIR', help=f'folder that the paths of the {source} list start from')
     add('--size', type=count, default=112, help='side of the crop' + default)
     add('--clip-len', type=count, default=8, help='frames of a clip' + default)
     add('--frame-interval', type=count, default=8, help='from one frame of a clip to the next' + default)
@@ -441,13 +441,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # even where a script has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if a script ignores it
     open_outputs()
     try:
         if args.command == 'demo':
             make_demo(args.dir)
         elif args.command == 'check':
-            open(args.out, 'a').close()  # what cannot be written is said now, not in hours
+            open(args.out, 'a').close()  # fails now rather than in hours
             try:
                 report(args.source, *check(args.source, args.root), args.out)
             finally:
@@ -465,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(source: str, count: int, bad: list[str], out: str) -> None:
-    """Say how many files are bad, write down which, and end with 1 if any is."""
+    """Say how many files are bad, write down which, and exit with 1 if there are any."""
     print(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
     for line in bad[:10] + ['...'] * (len(bad) > 10):
         print(line)

@@ -125,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--resume', 'resume from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
     add('--seed', 'determines the whole run', type=data.number(int, 0, 2**63), default=0)
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
-    add('--precision', 'default: bf16 if the GPU supports it, else fp32', choices=('fp32', 'bf16', 'fp16'))
+    add('--precision', 'default: bf16 if the GPU has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
     add('--workers', 'loader processes; default: its share of the cores, up to 16', type=data.number(int, 0))
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
