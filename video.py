@@ -27,20 +27,20 @@ if int(av.__version__.split('.')[0]) < 19:  # text that is not UTF-8, or new sid
 
 
 class VideoReader:
-    """Random access to the frames of a file's best video stream (cover art is none), on one thread.
+    """Random access to the frames of a file's best video stream (cover art does not count), on one thread.
 
     `get_batch([i, ...])` gives the i-th frames in presentation order, upright, whatever the container, the
-    codec or the key frames: the same pixels as decoding everything from the start. All frames have the size
-    of the first one, should the stream change its size midway.
+    codec or the key frames: the same pixels as decoding everything from the start. If the
+    stream changes its size midway, all frames get the size of the first one.
 
-    Where packets and frames map one to one, frames are counted without decoding, and read from the last key
-    frame after which nothing refers to anything before: H.264 and HEVC (leaving out the pictures that are
-    neither wanted nor referred to), VP8, VP9, AV1, and MPEG-4 without B-frames. Everything else is decoded
-    from the start, to count and again to read; so is a file that turns out to be damaged where it is read.
-    (Where libavcodec does not notice damage, such as a lost packet, frames that it patches up may differ.)
+    If packets and frames map one to one, frames are counted without decoding, and reading starts at the last
+    key frame after which nothing refers to anything before. This works for H.264 and HEVC (skipping pictures
+    that are neither wanted nor referred to), VP8, VP9, AV1, and MPEG-4 without B-frames. Everything else is
+    decoded from the start, to count and again to read; so is a file that turns out to be damaged. (If
+    libavcodec misses damage, such as a lost packet, the frames that it patches up may differ.)
 
-    Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. What else
-    PyAV raises for a damaged one comes through, on opening or on reading.
+    Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. Other
+    errors that PyAV raises for a damaged file pass through, on opening or on reading.
 
         stream  PyAV's video stream: its average_rate, colours, size
     """
@@ -62,7 +62,7 @@ class VideoReader:
 
     @property
     def group(self) -> float:
-        """Frames from one place where decoding can begin to the next, on average."""
+        """The average number of frames from one place where decoding can begin to the next."""
         return len(self) / len(np.unique(self._index.start)) if self._index else len(self)
 
     def __enter__(self) -> 'VideoReader':
@@ -76,14 +76,14 @@ class VideoReader:
         """When frames `indices` are shown -> float64 (N,), in seconds after the first frame of the video."""
         steps = np.diff(np.array(self._pts, dtype=float) * float(self.stream.time_base))
         usual = float(1 / (self.stream.guessed_rate or 30))
-        # AVI has the times of packets, not of pictures: in order they are right. Farther back, time begins
-        # anew; and elementary streams have none (NaN).
+        # AVI has the times of packets, not of pictures; sorted, they are right. After a larger step back,
+        # time starts over; and elementary streams have no times (NaN).
         steps[~(steps > -17 * usual)] = usual
         times = np.sort(np.append(0, steps.cumsum()))
         return (times - times[0])[np.asarray(indices)]
 
     def get_batch(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames `indices` (any order, repeats allowed) -> uint8 (N, H, W, 3) RGB, in the order asked.
+        """Frames `indices` (any order, repeats allowed) -> uint8 (N, H, W, 3) RGB, in this order.
 
         Raises IndexError for frames that are not there, ValueError for one that cannot be decoded.
         """
@@ -95,7 +95,7 @@ class VideoReader:
         """Yield (index, frame) once for each of the frames `wanted`, in presentation order.
 
         `frame` is uint8 (H, W, 3) RGB, upright, contiguous. Raises what `get_batch` raises. The file has
-        one position: end a pass (or leave it) before the next.
+        one position: finish or abandon one pass before the next.
         """
         missing = set(np.asarray(wanted, dtype=np.int64).tolist())
         if not missing or min(missing) < 0 or max(missing) >= len(self):
@@ -103,7 +103,7 @@ class VideoReader:
         if self._index:
             yield from self._converted(self._decode_near(sorted(missing)), missing)
             if missing:
-                self._index = None  # it promised what decoding did not give
+                self._index = None  # it promised what decoding did not deliver
         if missing:
             yield from self._converted(self.decode(), missing)
         if missing:
@@ -119,7 +119,7 @@ class VideoReader:
             container.close()
 
     def _converted(self, decoded, missing: set[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Take `decoded` (number, frame) until none is `missing`; those that were come out as arrays."""
+        """Read (number, frame) from `decoded` until none is `missing`; yield those that were, as arrays."""
         size = None
         for number, frame in decoded:
             if not size:  # where sizes change, decoding begins at frame 0
@@ -133,13 +133,13 @@ class VideoReader:
                 break
 
     def _decode_near(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (number, frame) for the `wanted` frames and others, decoded from the start before each.
+        """Yield (number, frame) for the `wanted` frames and others, decoded from the last start before each.
 
-        Ends early where something does not fit the index, or is damaged: how that is patched depends on all
-        that was decoded before.
+        Ends early if something does not fit the index or is damaged: how damage is patched up depends on
+        everything that was decoded before.
         """
         index = self._index
-        # Frames of unequal sizes get that of frame 0, which therefore comes first.
+        # If sizes differ, frames get that of frame 0, which is therefore decoded first.
         places = index.place[wanted if index.skip else [0, *wanted]]
         start_of = index.start[places]
         for start in np.unique(start_of).tolist():
@@ -151,24 +151,24 @@ class VideoReader:
                         return
                     last = number
                     held.append((number, frame))
-                    if len(held) > 16:  # no longer can a damaged one that it refers to be shown after it
+                    if len(held) > 16:  # a damaged one that it refers to can no longer be shown after it
                         yield held.pop(0)
             except av.FFmpegError:  # decoding from the start tells what is wrong
                 return
             yield from held
 
     def _decode_group(self, start: int, needed: set[int]) -> Iterator[av.VideoFrame]:
-        """Yield frames decoded from the packet at place `start` on, until all `needed` places have come."""
+        """Yield frames, decoding from the packet at place `start` on until all `needed` places have come."""
         codec, index = self.stream.codec_context, self._index
         place, last = start, max(needed)
         self._container.seek(index.seek[start], stream=self.stream)
         codec.flush_buffers()
         for packet in self._container.demux(self.stream):
             if packet.pts != index.pts[place]:
-                if place == start:  # one before it
+                if place == start:  # a packet before it
                     continue
                 return
-            # The decoder can drop a picture that none refers to; it must see every other one.
+            # The decoder can drop a picture that nothing refers to; it must see all others.
             codec.skip_frame = 'DEFAULT' if place in needed else index.skip or 'DEFAULT'
             yield from codec.decode(packet)
             if place == last:
@@ -178,10 +178,10 @@ class VideoReader:
 
 
 def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """What makes a frame upright: a flip across the diagonal, then one upside down, then one left to right.
+    """The flips that make a frame upright: across the diagonal, then upside down, then left to right.
 
-    Its display matrix says so: a telephone's, mostly, but FFmpeg 8.1 makes one of a photo's EXIF, too. It
-    takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight ways is taken.
+    They follow from its display matrix. Most come from phones; FFmpeg 8.1 also makes one from a photo's EXIF.
+    It takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight orientations is used.
     """
     matrix = frame.side_data.get('DISPLAYMATRIX')
     if matrix is None:
@@ -198,7 +198,7 @@ def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 
 def local(path: str) -> str:
-    """A path as FFmpeg needs it, which takes what is before a colon for a protocol: `clip:1.mp4`."""
+    """A path made safe for FFmpeg, which takes what is before a colon for a protocol: `clip:1.mp4`."""
     return os.path.join('.', path)
 
 
@@ -225,21 +225,21 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
 
 
 class Index(NamedTuple):
-    """Of a stream in which every frame is one packet; a place is a packet's in the file, from 0 on."""
+    """Of a stream in which every frame is one packet. A place is a packet's number in the file, from 0."""
 
     pts: list[int]  # presentation time of each place
     seek: list[int]  # the time by which the demuxer finds it
     start: np.ndarray  # of each place: where decoding begins for it
     place: np.ndarray  # of each frame number
     number: dict[int, int]  # frame number of each presentation time
-    skip: str | None  # of H.264 and HEVC, whose size never changes: what the decoder may leave out
+    skip: str | None  # for H.264 and HEVC of constant size: what the decoder may skip
 
 
 def _index(container: av.container.InputContainer, stream: av.VideoStream) -> Index | None:
-    """Read through the packets: the index, or None unless decoding from the middle is sure to be exact.
+    """Read through the packets. Gives the index, or None unless decoding from the middle is sure to be exact.
 
-    Packets are looked at and let go, for all of them would be the whole file in memory. Raises LookupError
-    for codecs that are not known here; that, or what PyAV raises, where something is damaged.
+    Packets are released once seen: all together they are the whole file. Raises LookupError for codecs that
+    are not known here; that, or what PyAV raises, if something is damaged.
     """
     kind_of, skip = _kinds(container, stream)
     pts, seek, start, shown = [], [], [], []
@@ -248,7 +248,7 @@ def _index(container: av.container.InputContainer, stream: av.VideoStream) -> In
     for packet in container.demux(stream):
         if ended and packet.size:
             return None
-        ended = ended or not packet.size or packet.is_corrupt  # the last one of a file that is cut
+        ended = ended or not packet.size or packet.is_corrupt  # the last one of a truncated file
         if ended:
             continue
         kind = kind_of(packet)
@@ -276,16 +276,16 @@ def _index(container: av.container.InputContainer, stream: av.VideoStream) -> In
     return Index(pts, seek, np.array(start), np.array(place), number, skip)
 
 
-# Kinds of packets. Nothing after one that STARTS needs what is before; after one that OPENS, only pictures
-# that are shown before it may. One that is HIDDEN is not shown, but can be referred to.
+# Kinds of packets. After one that STARTS, nothing needs an earlier one; after one that OPENS, only pictures
+# shown before it may. One that is HIDDEN is not shown, but others can refer to it.
 HIDDEN, FOLLOWS, OPENS, STARTS = range(4)
 SPLITTERS = {'vp8': 'null', 'vp9': 'vp9_superframe_split', 'av1': 'av1_frame_split'}
 
 
 def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Callable, str | None]:
-    """A function that tells a packet's kind, and the index's `skip`.
+    """A function that gives a packet's kind, and the index's `skip`.
 
-    It tells None for a packet that is not one picture, or that changes what a start does not reset.
+    It gives None for a packet that is not exactly one picture, or that changes what a start does not reset.
     """
     codec = stream.codec_context
     name, extradata = codec.codec.canonical_name, bytes(codec.extradata or b'')
@@ -294,7 +294,7 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     if name not in ('h264', 'hevc'):
         return partial(_kind, name, BitStreamFilterContext(SPLITTERS[name], stream)), None
     prefix, parameters = 0, extradata  # units come after start codes
-    if container.format.name != 'mpegts':  # but in MP4 and Matroska: the length of each is before it
+    if container.format.name != 'mpegts':  # in MP4 and Matroska, after their lengths instead
         if extradata[0] != 1:  # as in AVI, which has no presentation times
             raise LookupError(container.format.name)
         at, picture = (4, b'\x65\x80') if name == 'h264' else (21, b'\x28\1')
@@ -312,7 +312,7 @@ def _kinds(container: av.container.InputContainer, stream: av.VideoStream) -> tu
 def _kind(name: str, splitter: BitStreamFilterContext, packet: av.Packet) -> int | None:
     if name == 'vp8' and not memoryview(packet)[0] & 16:
         return HIDDEN
-    if name in ('vp9', 'av1'):  # what is in a packet comes apart, pictures that are not shown without a time
+    if name in ('vp9', 'av1'):  # split a packet; pictures that are not shown have no time
         copy = av.Packet(bytes(packet))
         copy.pts = 0
         if sum(picture.pts is not None for picture in splitter.filter(copy)) != 1:
@@ -324,7 +324,7 @@ def _mpeg4(extradata: bytes, coded: re.Pattern, packet: av.Packet) -> int | None
     head, _, picture = bytes(packet).partition(b'\0\0\1\xb6')
     head = head[:-7] if head[-7:-3] == b'\0\0\1\xb3' else head  # without the time
     if head not in extradata or b'\0\0\1\xb6' in picture or not coded.match(_bits(picture[:16])):
-        return None  # new parameters, two pictures, or one that is not coded, which stands for none
+        return None  # new parameters, two pictures, or an uncoded one, which stands for none
     return STARTS if packet.is_keyframe else FOLLOWS
 
 
@@ -336,7 +336,7 @@ def _h264(prefix: int, parameters: list[bytes], packet: av.Packet) -> int | None
             return None  # new parameters, or a slice that is not the first of a picture
         if type in (1, 5):  # a slice, of an IDR picture
             return STARTS if type == 5 else FOLLOWS
-        if type == 6:  # a message: film grain, turned pictures, or libavcodec is to imitate early x264's bugs
+        if type == 6:  # a message: film grain, rotation, or an early x264, whose bugs libavcodec imitates
             x264 = re.search(rb'x264 - core (\d+)', unit)
             if unit[1] in (0x13, 0x2F) or x264 and int(x264[1]) <= 33:
                 return None
@@ -373,18 +373,18 @@ def _units(data: bytes | av.Packet, prefix: int) -> Iterator[bytes | memoryview]
         at += prefix + size
 
 
-NUMBER = '(?:' + '|'.join(f'{"0" * n}1{"." * n}' for n in range(32)) + ')'  # Exp-Golomb: zeros say how long
+NUMBER = '(?:' + '|'.join(f'{"0" * n}1{"." * n}' for n in range(32)) + ')'  # Exp-Golomb: zeros tell how long
 
 
 def _h264_layers(parameters: list[bytes]) -> int:
-    """1, but 0 unless the stream is of a common profile, in one size, and pictures are never single fields.
+    """1 if the stream has a common profile, one size, and no pictures that are single fields; else 0.
 
-    4:4:4 is not: libavcodec decodes it by a version of x264 that is named at the start of the file only.
+    4:4:4 is not common: how libavcodec decodes it depends on the x264 version, which only the start names.
     """
     sets = [unit for unit in parameters if unit[0] & 31 == 7]
     if len(sets) != 1 or sets[0][1:2] not in (b'B', b'M', b'd', b'n', b'z'):
         return 0  # the profiles: Baseline, Main, High, High 10, High 4:2:2
-    # The latter three: not 4:4:4 all the same, bits of luma and chroma, not lossless, no matrices
+    # The last three: again not 4:4:4, bits of luma and chroma, not lossless, no matrices
     high = f'(?!00100){NUMBER}{NUMBER}{NUMBER}00' if sets[0][1] >= 100 else ''
     # Its own number, digits of a picture's, order (one is rare, with a table), references, gaps, size, frames
     known = f'{NUMBER}{high}{NUMBER}(1{NUMBER}|011){NUMBER}.{NUMBER}{NUMBER}1'
@@ -401,10 +401,10 @@ def _hevc_layers(parameters: list[bytes]) -> int:
 
 
 def _mpeg4_coded(extradata: bytes) -> re.Pattern:
-    """With which digits a picture begins that is coded and no B-frame: its type, seconds, fractions, a 1.
+    """The bits that begin a picture that is coded and no B-frame: its type, seconds, fractions, a 1.
 
-    The header says how many digits the fractions have, after: two fields, version, shape of a pixel, control
-    (of a buffer, too), a rectangle's mark.
+    The header gives the number of bits of the fractions, after: two fields, version, pixel shape, control (of
+    a buffer, too), a rectangle's mark.
     """
     header = '.{9}(0|1.{7})(1111.{16}|(?!1111).{4})(0|1...(0|1.{79}))001(.{16})'
     found = re.match(header, _bits(extradata.partition(b'\0\0\1\x20')[2]))

@@ -1,1 +1,1 @@
-"""What keeps a run alive: its processes, its checkpoints, its life. The method is in the files above."""
+"""What keeps a run alive: processes, data lists, checkpoints, logs. The method is one folder up."""

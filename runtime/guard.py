@@ -1,4 +1,4 @@
-"""What all processes of a run are asked once a step, together: save now? stop? who met an unreadable file?"""
+"""What all processes of a run decide together once a step: save now? stop? too many unreadable files?"""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from runtime.distributed import STOP_SIGNALS, UserError, add_up, gather, rank, s
 
 
 class Stop(BaseException):
-    """A signal ends the wait for a batch. No Exception, as those are taken for unreadable files."""
+    """A signal ends the wait for a batch. Not an Exception, because those count as unreadable files."""
 
 
 class Guard:
-    """Listens to stop signals from when it is made until `close`, and names unreadable files, each once, in
-    the folder's bad_samples.txt."""
+    """Listens to stop signals from its creation until `close`, and lists each unreadable file once in the
+    folder's bad_samples.txt."""
 
     def __init__(self, folder: Path, save_minutes: float, max_bad: float):
         self.folder, self.save_minutes, self.max_bad = folder, save_minutes, max_bad
@@ -37,8 +37,8 @@ class Guard:
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame) -> None:
-        """Remember a signal for the step boundary. A scheduler and a launcher may both send one at once; one
-        that comes later ends the process now."""
+        """Remember a signal for the step boundary. A scheduler and a launcher may both send one at once; a
+        later one ends the process immediately."""
         if self.received and time.monotonic() - self.since > 5:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -46,14 +46,14 @@ class Guard:
             self.received, self.since = signum, time.monotonic()
             if rank() == 0:  # not by print, which may be what was interrupted
                 name = signal.Signals(signum).name
-                line = f'\n{name}: saving after this step; once more, after 5 seconds, ends the run now\n'
+                line = f'\n{name}: saving after this step; another after 5 seconds ends it now\n'
                 with suppress(OSError):
                     os.write(2, line.encode())
         if self.waiting:
             raise Stop
 
     def draw(self, batches: Iterator, count: int) -> list[dict[str, Batch]]:
-        """The next batches; none once a signal has come, which ends the wait for a disk that hangs, say."""
+        """The next batches; none once a signal has come. It also ends the wait, for a disk that hangs, say."""
         drawn = []
         with suppress(Stop):
             try:
@@ -65,9 +65,9 @@ class Guard:
         return [] if self.received else drawn  # PyAV can take the interruption for a damaged file
 
     def ask(self, batches: list[dict[str, Batch]], epoch: int) -> tuple[bool, int]:
-        """Before a step on these batches: (save now, the signal to stop by or 0), alike on all ranks.
+        """Before a step on these batches: (save now, the signal that stops it or 0), the same on all ranks.
 
-        Raises UserError on all of them if one finds no readable sample, or all together too few.
+        Raises UserError on all ranks if one finds no readable sample, or all together too few.
         """
         parts = [part for batch in batches for part in batch.values()]
         bad = [line for part in parts for line in part.bad]
@@ -98,7 +98,7 @@ class Guard:
         return bool(due), stop
 
     def name_lost(self, sources: list[Source]) -> None:
-        """At the end of an epoch, say of which classes no file can be read. All processes call it alike."""
+        """At the end of an epoch, name the classes without a readable file. All processes call it."""
         if self.unreadable:
             lost = set().union(*gather(self.lost))
             for source in sources:
@@ -111,11 +111,11 @@ class Guard:
         self.last_save = time.monotonic()
 
     def leave(self, signum: int) -> None:
-        """End the run, as a signal asked and after it was saved."""
+        """End the run, which a signal has stopped and which has been saved."""
         show(f'stopped by {signal.Signals(signum).name} and saved; --resume goes on from here')
         sys.exit(128 + signum)
 
     def close(self) -> None:
-        """Listen no longer: there is nothing left to save."""
+        """Stop listening: there is nothing left to save."""
         for signum in self.signals:
             signal.signal(signum, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What a run says of itself: lines on the screen, in log.jsonl, and events where TensorBoard is installed."""
+"""What a run reports: lines on the screen and in log.jsonl, and events if TensorBoard is installed."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ class Log:
     """A run's progress bar and its log.jsonl, which the main process writes.
 
     Steps are added on the device; only `line` and `check` wait for a GPU. data_time is how long the loop
-    waited for batches. A GPU need not have been idle then, as the loop runs ahead of it.
+    waited for batches. A GPU need not have been idle then, because the loop runs ahead of it.
 
     Raises OSError if the folder cannot be made, the file cannot be written, or another run writes to it.
     """
@@ -34,7 +34,7 @@ class Log:
         self.file = open(self.folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
         if rank() == 0 and not locked(self.file):
             raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
-        self.skipped = 0  # updates in a row
+        self.skipped = 0  # skipped updates in a row
 
     def begin(self, epoch: int, epochs: int, step: int, end: int) -> None:
         """An epoch begins or goes on: the run has done `step` steps, and the epoch ends with step `end`."""
@@ -47,7 +47,7 @@ class Log:
         self.new_line()
 
     def open_board(self, step: int) -> None:
-        """Write TensorBoard's events as well, from `step` on, if that is installed."""
+        """Write events from `step` on as well, if TensorBoard is installed."""
         with self.optional_board():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -55,11 +55,11 @@ class Log:
 
     @contextmanager
     def optional_board(self) -> Iterator[None]:
-        """What fails inside turns TensorBoard off, with a line unless it is not installed."""
+        """A failure inside turns TensorBoard off, with a line if it is installed."""
         try:
             yield
         except Exception as error:  # its dependencies fail in many ways
-            if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
+            if 'DataLoader' in str(error):  # its signal that a worker has died can come anywhere
                 raise
             self.board = None
             if getattr(error, 'name', '') != 'tensorboard':
@@ -71,13 +71,13 @@ class Log:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, the loop waits for a batch."""
+        """Counts the time inside as waiting for a batch."""
         start = time.perf_counter()
         yield
         self.data_time += time.perf_counter() - start
 
     def add(self, batches: list[dict], results: list[dict[str, Tensor]], grad_norm: Tensor) -> None:
-        """A step is done, on these batches; `results` and `grad_norm` are those of `train_step`."""
+        """Record a step on these batches; `results` and `grad_norm` come from `train_step`."""
         paths = [path for batch in batches for part in batch.values() for path in part.paths]
         means = {key: torch.stack([result[key] for result in results]).mean() for key in results[0]}
         self.rows.append((self.step, paths, means, grad_norm))
@@ -92,14 +92,14 @@ class Log:
                 step -= self.epoch * self.steps
                 trouble = (
                     f'loss is not finite in epoch {self.epoch + 1} step {step + 1}, rank {rank()}; no '
-                    'checkpoint was touched by it. A lower --lr or --clip-norm may help, or a '
-                    f'look at its {len(paths)} files:\n  ' + '\n  '.join(paths[:5])
+                    'checkpoint was affected. Try a lower --lr or --clip-norm, or look at '
+                    f'its {len(paths)} files:\n  ' + '\n  '.join(paths[:5])
                 ) + '\n  ...' * (len(paths) > 5)
                 break
         distributed.stop_together(trouble)
 
     def line(self, lr: float, unreadable: int) -> None:
-        """Write the means of all ranks since the last line; called on all alike."""
+        """Write the means over all ranks since the last line; every rank calls it."""
         self.check()
         rows = [torch.stack([*means.values()]) for _, _, means, _ in self.rows]
         means = torch.stack(rows).mean(0)
@@ -129,7 +129,7 @@ class Log:
             if self.skipped >= 50:
                 raise UserError(
                     'the gradients of the last 50 steps are not finite, though the losses are: no weight was '
-                    'changed. A lower --lr or --precision fp32 may help'
+                    'changed. Try a lower --lr, or --precision fp32'
                 )
         self.new_line()
         if self.step == self.end:
@@ -138,7 +138,7 @@ class Log:
                 show(f'{unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
 
     def text(self, record: dict) -> str:
-        """A record as one reads it."""
+        """A record in readable form."""
         sources = [key.removesuffix('_loss') for key in record if key.endswith('_loss')]
         losses = ', '.join(f'{source} {record[f"{source}_loss"]:.3f}' for source in sources)
         parts = [
@@ -154,8 +154,8 @@ class Log:
         return '  '.join(parts)
 
     def write(self, record: dict, tag: str) -> None:
-        """Write a line of log.jsonl; its numbers also as events."""
-        # JSON has no infinity, which a gradient's norm can be
+        """Write a record to log.jsonl, and its numbers as events."""
+        # a gradient's norm can be infinite, which JSON cannot say
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         print(json.dumps(finite), file=self.file)
         with self.optional_board():
@@ -164,7 +164,7 @@ class Log:
                     self.board.add_scalar(f'{tag}/{key}', value, self.step)
 
     def validation(self, result: dict[str, float]) -> None:
-        """Write what the validation of this epoch gave."""
+        """Write the results of this epoch's validation."""
         self.bar.close()  # still open if nothing was left to train in the epoch
         self.write({'epoch': self.epoch + 1, 'mode': 'val', **result}, 'val')
         shown = '  '.join(f'{key} {value:.1%}' for key, value in result.items())
@@ -191,15 +191,15 @@ def introduce(
     batch = ' and '.join(f'{times}{source.per_gpu} {source.name}s' for source in sources)
     steps = sampler.steps_per_epoch
     show(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
-    times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]  # more is what the demo needs
+    times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]  # the demo needs more
     if times > 2 and sources[0].name == 'video' and not args.demo:
         advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
-        show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
+        show(f"the learning rate is {times:.1f} times the recipe's for this many videos a step{advice}")
     if args.freeze:
         show('frozen: only the heads learn, the rest stays as it is')
     say_cpu_cost(args, sources, computing)
     if args.compile:
-        show('compiling: the first 100 steps of a run do without, the next one takes minutes')
+        show('compiling: the first 100 steps of a run are not compiled, the next one takes minutes')
     if saved:
         harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(args).items():
@@ -216,13 +216,13 @@ def introduce(
 
 
 def say_cpu_cost(args: argparse.Namespace, sources: list, computing: str) -> None:
-    """Say what a step takes, on a CPU, if that is long.
+    """Say what a step takes on a CPU, if that is long.
 
     A rule of thumb: the full network keeps 0.1 GB for each frame of 224x224, and learns from one in 0.6
     seconds on a core that computes 50 GFLOP/s.
     """
     frames = sum(source.per_gpu * math.prod(source.train.shape[1:-2]) for source in sources)
-    frames *= (args.size / 224) ** 2 * sum(args.layers) / 16  # as many of the full network's
+    frames *= (args.size / 224) ** 2 * sum(args.layers) / 16  # in frames of the full network
     memory, seconds = 0.1 * frames * args.width / 64, 0.6 * frames * (args.width / 64) ** 2
     seconds *= args.accumulate / torch.get_num_threads()
     if args.freeze:  # nothing is kept for a backward pass

@@ -1,4 +1,4 @@
-"""Many files on all cores, where any of them can kill the process that reads it."""
+"""Process many files on all cores, although any file can kill the process that reads it."""
 
 import errno
 import multiprocessing
@@ -17,13 +17,13 @@ from runtime.distributed import CONTEXT, cores
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
-    """Yield (job, reason) for each job, in order, done on all cores, with a progress bar.
+    """Do the jobs on all cores, with a progress bar, and yield (job, reason) for each, in order.
 
-    `reason` is '' or, in a line, what function(*job) raised or that it killed its process. A process has one
-    job at a time, so that this one is known and no other lost. Raises OSError on a full disk.
+    `reason` is '' or one line: what function(*job) raised, or that it killed its process. A process has one
+    job at a time, so the culprit is known and no other job is lost. Raises OSError on a full disk.
     """
     first, reasons, left, idle, busy = 0, {}, iter(range(len(jobs))), [], {}
-    count = min(cores(), 256)  # each process takes three file handles, of 1024 as a rule
+    count = min(cores(), 256)  # each process takes three file handles, usually of 1024
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
         try:
             while first < len(jobs):
@@ -56,7 +56,7 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
 
 
 def start(function: Callable) -> Connection:
-    """Start a process that does the jobs that it is sent; gives the connection to it."""
+    """Start a process that does the jobs it is sent, and return the connection to it."""
     here, there = multiprocessing.Pipe()
     process, signals = CONTEXT.Process(target=work, args=(function, there), daemon=True), []
     before = signal.signal(signal.SIGINT, lambda *_: signals.append(_))  # Ctrl-C is for this process alone
@@ -69,7 +69,7 @@ def start(function: Callable) -> Connection:
 
 
 def work(function: Callable, connection: Connection) -> None:
-    """Answer each job that comes by ('' or why it failed, whether the disk is full); ends with its parent."""
+    """Answer each job with ('' or why it failed, whether the disk is full); end with the parent."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
