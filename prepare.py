@@ -125,7 +125,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     for folder in {*map(os.path.dirname, copies), target}:
         os.makedirs(folder, exist_ok=True)
     if there := sum(map(os.path.exists, copies)):
-        print(f'{there} of {len(paths)} files are already in {target} and stay, whatever their settings')
+        print(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
     lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
@@ -309,7 +309,7 @@ def check_writable(path: str) -> None:
     """Raise OSError if `whole_file` would fail at once."""
     there = path if is_device(path) else os.path.dirname(path) or '.'
     if os.path.isdir(path) or not os.access(there, os.W_OK):
-        raise OSError(f'{path}: no file that can be written')
+        raise OSError(f'{path}: cannot be written')
 
 
 def is_device(path: str) -> bool:

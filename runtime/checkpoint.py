@@ -1,5 +1,5 @@
-"""Weights on disk: written whole or not at all, read as data, the newest good one found, and taken from
-elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load`.
+"""Weights on disk: written whole or not at all, read as data only, the newest good ones found; also taken
+from elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load`.
 """
 
 import argparse
@@ -30,8 +30,8 @@ OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
 
 
 def write(state: dict, folder: Path, *names: str) -> None:
-    """Write `state` under several names, in this order. Each is whole or not there, whenever the process
-    dies: written beside, synced, renamed. Raises OSError where that fails; older files are intact then."""
+    """Write `state` under several names, in this order. Each is written beside, synced and renamed, so it is
+    whole or absent whenever the process dies. Raises OSError if that fails; older files stay intact."""
     name = names[0]
     try:
         for left in folder.glob('*.pth.tmp'):  # of a process that was killed
@@ -44,14 +44,14 @@ def write(state: dict, folder: Path, *names: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, folder / name)
-        with suppress(OSError):  # some network mounts do not sync a folder, Windows does not open it
+        with suppress(OSError):  # some network mounts cannot sync a folder, Windows cannot open it
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        if 'DataLoader' in str(error):  # whose signal that a worker has died comes anywhere
+        if 'DataLoader' in str(error):  # its signal that a worker has died can come anywhere
             raise
         reason = getattr(error, 'strerror', None) or 'writing failed'
         with suppress(OSError):
@@ -73,7 +73,7 @@ def epochs(folder: Path) -> dict[int, Path]:
 
 
 def keep_last(folder: Path, epoch: int, count: int = 3) -> None:
-    """Remove what epochs up to this one have saved, but the last three."""
+    """Remove the checkpoints of epochs up to this one, except the last three."""
     for number, path in list(epochs(folder).items())[count:]:
         if number < epoch:
             with suppress(OSError):
@@ -91,7 +91,7 @@ def start_over(folder: Path) -> None:
 
 
 class Inert:
-    """Stands in for whatever a file names beside tensors and plain values."""
+    """Stands in for anything that a file names besides tensors and plain values."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -103,15 +103,15 @@ class Inert:
 def load(path: str | os.PathLike) -> dict:
     """Read a checkpoint as data: no code that its pickle names is imported or run.
 
-    `path` is a file or what `local` fetches. A checkpoint of train.py is returned as it was saved; of another
-    the 'model' has our names. Raises OSError, or ValueError if the file is no checkpoint.
+    `path` is a file, or what `local` fetches. A checkpoint of train.py is returned as saved; in others, the
+    weights are renamed to ours. Raises OSError, or ValueError if the file is not a checkpoint.
     """
     path, damaged = local(path), None
     if os.path.isdir(path):
         newest_last = sorted(ours(Path(path)), key=lambda file: file.stat().st_mtime)
         found = f'its newest checkpoint is {newest_last[-1]}' if newest_last else 'no checkpoint is in it'
         raise ValueError(f'{path}: a folder; {found}')
-    with open(path, 'rb') as file:  # an OSError below is a damaged file's
+    with open(path, 'rb') as file:  # any OSError below means a damaged file
         start = file.read(60)
     try:
         try:
@@ -119,9 +119,9 @@ def load(path: str | os.PathLike) -> dict:
         except (OSError, ValueError):  # not there, or in torch's old format
             foreign = []
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's on formats that it refuses, or reads all the same
+            warnings.simplefilter('ignore')  # torch's, about formats that it refuses or reads anyway
             saved = torch.load(path, map_location='cpu', weights_only=True)
-        if zipfile.is_zipfile(path):  # torch does not look at the checksums that it has written
+        if zipfile.is_zipfile(path):  # torch does not check the checksums that it writes
             with zipfile.ZipFile(path) as archive:
                 written = any(info.CRC for info in archive.infolist())  # torch can be told to leave them out
                 damaged = archive.testzip() if written else None
@@ -158,7 +158,7 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     if not url.lower().startswith(('http://', 'https://')):
         return path
     name = re.split(r'[?#]', url)[0].rpartition('/')[2]
-    digits = re.search(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.', name)  # of its SHA-256; a date is none
+    digits = re.search(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.', name)  # of its SHA-256; a date does not count
     if not digits:  # other addresses may end in the same name
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}'
     target = Path(torch.hub.get_dir(), 'checkpoints', name)
@@ -188,20 +188,19 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_run(path: str | os.PathLike) -> dict:
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
     saved = load(path)
     if not {'optimizer', 'settings', 'step', 'lists'} <= saved.keys():  # an older version had no step
-        raise ValueError(f'{path}: weights, but no run to go on with; --init starts from them')
+        raise ValueError(f'{path}: weights, but no run to resume; --init starts from them')
     return saved
 
 
 def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | None, str]:
-    """What a run goes on from, and its path: (None, '') for a new one.
+    """The checkpoint that a run resumes from, and its path; (None, '') for a new run.
 
-    `resume` is 'auto', the newest good checkpoint in the run's own folder, or a checkpoint from elsewhere,
-    from which a run goes on in a folder of its own; the same line started again goes on with that run.
-    Without it a folder that holds a run is refused, but a demo starts anew over a demo. Raises OSError or
-    ValueError.
+    `resume` is 'auto', the newest good checkpoint in the run's own folder, or a checkpoint from elsewhere: a
+    run then goes on in its own folder, and the same command, started again, goes on with that run. Without
+    `resume`, a folder that holds a run is refused, but a demo replaces a demo. Raises OSError or ValueError.
     """
     saved, path = newest(folder)
     own = saved and resume and os.path.realpath(resume) == os.path.realpath(path)
@@ -222,7 +221,7 @@ def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | N
 def newest(folder: Path) -> tuple[dict | None, str]:
     """The newest good checkpoint of a run's folder and its path; (None, '') if it holds none.
 
-    Those that are damaged are shown and skipped. Raises ValueError if every one is.
+    Damaged ones are named and skipped. Raises ValueError if all are damaged.
     """
     damaged = 0
     for path in [folder / 'latest.pth', *epochs(folder).values(), folder / 'best.pth']:
@@ -235,7 +234,7 @@ def newest(folder: Path) -> tuple[dict | None, str]:
             show(f'skipping {error}')
     if damaged:
         raise ValueError(
-            f'{folder}: no run in it can be gone on with; move its checkpoints away to start afresh'
+            f'{folder}: no checkpoint in it can be resumed; move its checkpoints away to start afresh'
         )
     return None, ''
 
@@ -244,7 +243,7 @@ def newest(folder: Path) -> tuple[dict | None, str]:
 
 
 def fit_size(args: argparse.Namespace, saved: dict | None) -> None:
-    """Where the command line leaves --layers and --width open, take those of the weights to start from."""
+    """If the command line leaves --layers and --width open, take those of the weights to start from."""
     if not (args.layers and args.width):
         state = (saved or load(args.init or args.init_2d))['model']
         size = {'layers': [3, 4, 6, 3], 'width': 64} | architecture(state)
@@ -252,7 +251,7 @@ def fit_size(args: argparse.Namespace, saved: dict | None) -> None:
 
 
 def first_weights(network: nn.Module, args: argparse.Namespace, sources: list, steps_per_epoch: int) -> None:
-    """Load what a flag names into the network of a new run. Raises OSError or ValueError."""
+    """Load the weights that a flag names into a new run's network. Raises OSError or ValueError."""
     new = []
     if args.init_2d:
         load_2d(network, args.init_2d)
@@ -269,26 +268,26 @@ def first_weights(network: nn.Module, args: argparse.Namespace, sources: list, s
 
 
 def build(saved: dict, path: str) -> OmniSlowOnly:
-    """The network of a checkpoint, its size read off the weights, in eval mode."""
+    """The network of a checkpoint, its size read from the weights, in eval mode."""
     try:
         network = OmniSlowOnly.from_state_dict(saved['model'])
     except (ValueError, TypeError):
         first = next(iter(saved['model']))
-        raise ValueError(f'{path}: weights of another network than SlowOnly, the first is {first}') from None
+        raise ValueError(f'{path}: weights of a network other than SlowOnly; the first is {first}') from None
     load_into(network, saved['model'], path)
     return network.eval()
 
 
 def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    """Load all weights, as of the same network. ValueError names the first that does not fit."""
+    """Load all weights of a network like this one. ValueError names the first that does not fit."""
     network.load_state_dict(matching(network, state, path))
 
 
 def load_init(network: nn.Module, saved: dict, path: str, labels: dict[str, list[str] | None]) -> list[str]:
     """Start from the checkpoint `saved`, read from `path`, of a network that may have other classes.
 
-    A head whose classes differ, in number, name or order, stays new; `labels` has the class names of each
-    source, if they are known. Returns the sources of such heads.
+    A head whose classes differ in number, name or order stays new; `labels` has the class names of each
+    source, if they are known. Returns the sources whose heads are new.
     """
     new = []
     for source in heads(network):
@@ -313,8 +312,8 @@ def load_2d(network: nn.Module, path: str) -> None:
 
 
 def inflate_2d(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Backbone weights for `network` from a 2D ResNet with torchvision's key names, whatever stands before
-    them. Raises ValueError naming the first weight that is missing or of another shape."""
+    """Backbone weights for `network` from a 2D ResNet with torchvision's key names, with or without a prefix.
+    ValueError names the first weight that is missing or of another shape."""
     return matching(network, from_mmaction2(state), 'the 2D network', heads(network), inflate=True)
 
 
@@ -324,12 +323,12 @@ def heads(network: nn.Module) -> list[str]:
 
 
 def matching(network: nn.Module, state: dict, path: str, fresh: list | None = None, inflate=False) -> dict:
-    """What `network` takes of `state`; ValueError names the first weight at fault.
+    """The weights that `network` takes from `state`; ValueError names the first weight at fault.
 
-    Without `fresh` both must have the same weights. With it a new run starts: the heads of these sources keep
-    their weights, whatever `state` has beside the backbone is left out, and if it has learned from images
-    only, videos take their running statistics. With `inflate` a 1x1 kernel is divided evenly over the three
-    frames where the network has a temporal one, as in I3D (https://arxiv.org/abs/1705.07750).
+    Without `fresh`, both must have the same weights. With it, a new run starts: the heads of these sources
+    keep their weights, parts that the network lacks are ignored, and if `state` is of images only, videos
+    get its image statistics. With `inflate`, a 1x1 kernel is divided evenly over the three frames where the
+    network has a temporal one, as in I3D (https://arxiv.org/abs/1705.07750).
     """
     starts, is_2d, taken, faults = fresh is not None, False, {}, []
     images_only = starts and not any(key.startswith('video_head.') for key in state)
@@ -338,7 +337,7 @@ def matching(network: nn.Module, state: dict, path: str, fresh: list | None = No
         of_images = key.replace('.running_', '.image_running_')
         value = state.get(of_images if images_only and of_images in state else key)
         if value is None:
-            if not (starts and key.endswith('num_batches_tracked')):  # which no momentum here asks for
+            if not (starts and key.endswith('num_batches_tracked')):  # unused, as there is a momentum
                 faults.append(f'no weight {key}')
             continue
         if is_temporal(mine) and value.shape[2:] == (1, 1):
@@ -357,7 +356,7 @@ def matching(network: nn.Module, state: dict, path: str, fresh: list | None = No
         if is_2d and not inflate:
             hint = '; it is a 2D ResNet, which train.py --init-2d takes'
         elif not starts and 'cls_head.fc_cls.weight' in state:
-            hint = '; its head is another one, a single linear layer; train.py --init takes the backbone'
+            hint = '; its head is a single linear layer; train.py --init takes only the backbone'
         if size and size != architecture(own) != {}:
             hint += f'; it needs --width {size["width"]} --layers {" ".join(map(str, size["layers"]))}'
         raise ValueError(f'{path}: {faults[0]}{hint or "; it is of another network"}')
@@ -365,7 +364,7 @@ def matching(network: nn.Module, state: dict, path: str, fresh: list | None = No
 
 
 def architecture(state: dict[str, Tensor]) -> dict:
-    """{'layers': [3, 4, 6, 3], 'width': 64} as read off the weights; {} if they are of another network."""
+    """{'layers': [3, 4, 6, 3], 'width': 64} as read from the weights; {} if they are of another network."""
     stages = [{key.split('.')[1] for key in state if key.startswith(f'layer{i}.')} for i in range(1, 5)]
     stem, last = state.get('conv1.weight'), state.get('layer1.0.conv3.weight')
     if not all(stages) or stem is None or last is None or last.shape[:2] != (4 * len(stem), len(stem)):
@@ -374,7 +373,7 @@ def architecture(state: dict[str, Tensor]) -> dict:
 
 
 def images_share_statistics(state: dict[str, Tensor]) -> bool:
-    """Whether a checkpoint from elsewhere left images the running statistics of videos."""
+    """Whether images have the running statistics of videos, as in a checkpoint from elsewhere."""
     own = [key for key in state if '.image_running_' in key]
     return bool(own) and all(torch.equal(state[key], state[key.replace('image_', '')]) for key in own)
 
@@ -389,15 +388,15 @@ HEAD_NAMES = {
     'cls_head.fc3d.3.': 'video_head.1.',
     'cls_head.fc3d.6.': 'video_head.4.',
 }
-# What DDP, torch.compile, FSDP and activation checkpointing put into names, wherever they wrap
+# What DDP, torch.compile, FSDP and activation checkpointing insert into names, wherever they wrap
 WRAPPERS = r'\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
 
 
 def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a checkpoint from elsewhere -> ours: an official one, a plain SlowOnly, a 2D ResNet,
-    or ours with other names before it, such as `module.` or `model.`
+    or ours with a prefix such as `module.` or `model.`
 
-    Where it has no image statistics, the videos' take their place.
+    If it has no image statistics, the videos' take their place.
     """
     state = {re.sub(WRAPPERS, '', key): value for key, value in state_dict.items()}
     stems = (re.fullmatch(r'((?:(?!layer\d)\w+\.)*)conv1\.(conv\.)?weight', key) for key in state)
@@ -431,7 +430,7 @@ def to_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_mmaction2_key(key: str) -> str:
-    """The name that one of our weights has there."""
+    """MMAction2's name for one of our weights."""
     for theirs, mine in HEAD_NAMES.items():
         if key.startswith(mine):
             return theirs + key.removeprefix(mine)

@@ -1,7 +1,7 @@
 """The processes of a run: device and precision, starting, agreeing, stopping together, loader workers.
 
-Begin with `processes`, which every command's main opens. Without torchrun there is one process: nothing is
-sent then, and `gather` and `add_up` give back what they got.
+Begin with `processes`, which every command's main opens. Without torchrun there is one process;
+nothing is sent, and `gather` and `add_up` give back what they got.
 """
 
 import errno
@@ -36,16 +36,16 @@ CONTEXT = multiprocessing.get_context('fork' if CAN_FORK else 'spawn')
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
 TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'}  # variables of its processes
 
-# How a fault of the machine's shows, and what helps.
+# How faults of the machine show up, and what helps.
 FAULTS = {
     'open files|ancdata|exit code 24': 'too few files may be open at once: ulimit -n 4096',
     r'shared memory|unable to mmap|/synchronize\.py': 'shared memory, /dev/shm, is too small or read-only; a '
     'container takes its size from docker run --shm-size=8g',
     'AF_UNIX|temporary directory': 'loader workers need a folder with a short path in TMPDIR: TMPDIR=/tmp',
-    r'/popen_\w+\.py': 'no more processes may be started: --workers takes fewer',
-    '^DataLoader|^Pin memory': 'a loader worker has died or hangs, of too little memory, too few open files '
-    '(ulimit -n), or a file that crashes the decoder, as `prepare.py check` finds out; --resume goes on',
-    'gloo|NCCL': 'a process of the run has died or hangs, of too little memory perhaps; --resume goes on',
+    r'/popen_\w+\.py': 'no more processes may be started: lower --workers',
+    '^DataLoader|^Pin memory': 'a loader worker has died or hangs: too little memory, too few open files '
+    '(ulimit -n), or a file that crashes the decoder (`prepare.py check` finds it); --resume goes on',
+    'gloo|NCCL': 'a process of the run has died or hangs, perhaps for lack of memory; --resume goes on',
 }
 
 
@@ -58,10 +58,10 @@ class UserError(ValueError):
 
 @contextmanager
 def processes(program: str):
-    """Join the other processes of torchrun; `with processes('train.py') as device` has this one's device.
+    """Join the other processes of torchrun; `with processes('train.py') as device` gives this one's device.
 
-    Inside, a fault of the user's (UserError, OSError) or the machine's ends every process with one line and
-    status 1, and so does the death of one of them or of a loader worker. A bug shows its traceback.
+    Inside, a user's mistake (UserError, OSError) or a fault of the machine ends every process with one line
+    and status 1. So does the death of a process or of a loader worker. A bug shows its traceback.
     """
     open_outputs()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
@@ -69,7 +69,7 @@ def processes(program: str):
         try:
             yield join(program)
         finally:
-            end_workers()  # first, as the death of one would interrupt what is said below
+            end_workers()  # first, because the death of one would interrupt the output below
             signal.signal(signal.SIGINT, before)
     except SystemExit as stop:  # all ranks have agreed on it
         leave(stop.code)
@@ -79,7 +79,7 @@ def processes(program: str):
             line = line.replace('; --resume goes on', '')
         if not line and not dist.is_initialized():
             raise
-        sys.unraisablehook = lambda _: None  # a DataLoader that could not begin complains at its end
+        sys.unraisablehook = lambda _: None  # a DataLoader that could not start complains when it ends
         line = f'{program}: {line}' if line else traceback.format_exc()
         show(line, sys.stderr, everywhere=not isinstance(error, UserError))
         leave(1)
@@ -90,7 +90,7 @@ def processes(program: str):
 
 
 def explain(error: Exception) -> str:
-    """The line about a fault of the user's or the machine's; '' of a bug."""
+    """The line about a user's mistake or a fault of the machine; '' for a bug."""
     text = str(isinstance(error, RuntimeError) and error.__cause__ or error).strip()
     if isinstance(error, (ConnectionError, EOFError)):  # a worker broke off while it handed over a batch
         text = f'DataLoader worker: {error}'
@@ -106,7 +106,7 @@ def explain(error: Exception) -> str:
 
 
 def open_outputs() -> None:
-    """Have both outputs take any file name, UTF-8 or not, and swallow all where a shell has closed them."""
+    """Make both outputs accept any file name, UTF-8 or not, and swallow all if a shell has closed them."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))
@@ -115,8 +115,8 @@ def open_outputs() -> None:
 
 
 def leave(status: int) -> None:
-    """End this process, at once where there are others. Leaving the group properly would wait for ranks that
-    may never come (NCCL aborts only when all do), and hold back what is printed."""
+    """End this process, at once if there are others: leaving the group properly would wait for ranks that may
+    never come (NCCL aborts only when all do), and hold back what is printed."""
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
@@ -125,7 +125,7 @@ def leave(status: int) -> None:
 
 
 def join(program: str) -> torch.device:
-    """This process's own GPU where there is one, else the CPU; joins the other processes under torchrun."""
+    """This process's own GPU if there is one, else the CPU; joins the other processes under torchrun."""
     on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK') or 0)
     device = torch.device('cuda', local_rank) if on_gpu else torch.device('cpu')
     if on_gpu:
@@ -142,10 +142,10 @@ def join(program: str) -> torch.device:
             store, rank, world_size = next(dist.rendezvous('env://'))
         except (ValueError, RuntimeError) as error:
             raise UserError(f'{error}; without torchrun: unset {" ".join(names)}') from None
-        # gloo carries what lies on the CPU (flags, scores), so that no GPU has to be waited for
+        # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
         backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
-            # torchrun keeps this store when it restarts the processes, which must not meet the old ones' keys
+            # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
             # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -157,7 +157,7 @@ def pick_precision(asked: str | None, device: torch.device) -> tuple[str, str]:
     if asked:
         return asked, 'as asked'
     if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
-        return 'bf16', 'this GPU computes in it'
+        return 'bf16', 'this GPU supports it'
     return 'fp32', "the CPU's default" if device.type == 'cpu' else 'this GPU has no bf16'
 
 
@@ -179,7 +179,7 @@ def world_size() -> int:
 
 
 def gather(value) -> list:
-    """What each rank has, on all ranks."""
+    """The values of all ranks, on each of them."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -187,7 +187,7 @@ def gather(value) -> list:
 
 
 def add_up(*numbers: int) -> list[int]:
-    """The sums of the numbers over all ranks, which keeps them in step: where one stops or saves, all do."""
+    """The sums of the numbers over all ranks. They keep ranks in step: if one stops or saves, all do."""
     sums = torch.tensor(numbers)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -195,7 +195,7 @@ def add_up(*numbers: int) -> list[int]:
 
 
 def agree(value, what: str) -> None:
-    """UserError unless all ranks have the same value; `what` says in a few words what it is."""
+    """UserError unless all ranks have the same value; `what` names it in a few words."""
     if gather(value) != [value] * world_size():
         raise UserError(f'the processes found different {what}; all nodes must share these')
 
@@ -212,8 +212,8 @@ def average(tensors: list[torch.Tensor]) -> None:
 
 @contextmanager
 def together():
-    """An OSError or ValueError of one rank becomes the UserError of all. No collective may stand inside: the
-    others wait at the end of the block for the rank that is in trouble."""
+    """Turn one rank's OSError or ValueError into a UserError of all. No collective may be inside: the other
+    ranks wait at the end of the block for the one that is in trouble."""
     trouble = ''
     try:
         yield
@@ -223,14 +223,14 @@ def together():
 
 
 def stop_together(trouble: str) -> None:
-    """Raise UserError on all ranks where one of them, called with a text, is in trouble."""
+    """Raise UserError on all ranks if one of them is in trouble: if its text is not empty."""
     for text in filter(None, gather(trouble)):
         raise UserError(text)
 
 
 def show(text: str = '', file=None, everywhere: bool = False) -> None:
-    """Print a line above progress bars, on the main process or everywhere. A reader that has gone, as `head`
-    does, or a closed terminal ends nothing."""
+    """Print a line above progress bars, on the main process or everywhere. A closed pipe (`| head`) or
+    terminal ends nothing."""
     if rank() and not everywhere:
         return
     file = file or sys.stdout
@@ -245,10 +245,10 @@ def show(text: str = '', file=None, everywhere: bool = False) -> None:
 
 
 def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader whose workers leave stop signals to the main process, and tell it what keeps a batch."""
+    """A DataLoader whose workers leave stop signals to the main process, and tell it why a batch fails."""
     if workers:
-        # Half an hour is as long as ranks wait for one another. Only a wait without end, for lack of SIGCHLD,
-        # is one in which a dead worker is noticed.
+        # Half an hour is as long as ranks wait for one another. Without SIGCHLD, only a wait without a
+        # timeout notices a dead worker.
         options |= {'timeout': 1800} if hasattr(signal, 'SIGCHLD') else {}
         options |= {'worker_init_fn': begin_worker, 'multiprocessing_context': CONTEXT}
     return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
@@ -260,30 +260,30 @@ def default_workers() -> int:
 
 
 def begin_worker(worker_id: int) -> None:
-    """A stop signal to all processes is the main one's to answer, which has to know what the threads of a
-    worker fail in: they would only print it."""
+    """Leave stop signals to the main process, and tell it about errors in a worker's threads, which would
+    only print them."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    for name in {'SIGSEGV', 'SIGBUS', 'SIGFPE'} & {*dir(signal)}:  # of which torch prints a line
+    for name in {'SIGSEGV', 'SIGBUS', 'SIGFPE'} & {*dir(signal)}:  # torch would print a line for these
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_reason
     sys.excepthook = end_worker
 
 
 def send_reason(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
-    """Hand over why a batch cannot be handed over."""
+    """Send the main process the reason why a batch cannot be sent."""
     queue.put((item[0], ExceptionWrapper(where='in a DataLoader worker')))
 
 
 def end_worker(kind: type, error: BaseException, trace) -> None:
-    """Leave with an errno, if it was not the main process that broke off."""
+    """Exit with an errno, unless it was the main process that broke off."""
     if not isinstance(error, (ConnectionError, EOFError)):
         os._exit(getattr(error, 'errno', 1))
 
 
 def end_workers() -> None:
-    """Kill what loader workers are left; a program that ends would wait for them forever otherwise, as they
-    do not listen to SIGTERM."""
+    """Kill the loader workers that are left. They ignore SIGTERM, so a program that ends would wait for them
+    forever."""
     if hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
     for worker in multiprocessing.active_children():
@@ -303,14 +303,14 @@ def cores() -> int:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held, in MB; NaN where that is unknown."""
+    """The most memory that this process has held, in MB; NaN if that is unknown."""
     if not resource:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == 'darwin' else 10)
 
 
 def locked(file: TextIO) -> bool:
-    """Lock an open file for this process, until that ends, however it ends; False where another has it."""
+    """Lock an open file until this process ends, however it ends; False if another process has it."""
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -321,7 +321,7 @@ def locked(file: TextIO) -> bool:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time is inside with the same folder; without locks all are."""
+    """Let one process at a time inside with the same folder; without locks, all of them."""
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         with suppress(OSError, AttributeError):

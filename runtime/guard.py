@@ -53,7 +53,7 @@ class Guard:
             raise Stop
 
     def draw(self, batches: Iterator, count: int) -> list[dict[str, Batch]]:
-        """The next batches; none once a signal has come. It also ends the wait, for a disk that hangs, say."""
+        """The next batches; none once a signal has come. That ends the wait, say for a disk that hangs."""
         drawn = []
         with suppress(Stop):
             try:

@@ -194,7 +194,7 @@ def introduce(
     times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]  # the demo needs more
     if times > 2 and sources[0].name == 'video' and not args.demo:
         advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
-        show(f"the learning rate is {times:.1f} times the recipe's for this many videos a step{advice}")
+        show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
     if args.freeze:
         show('frozen: only the heads learn, the rest stays as it is')
     say_cpu_cost(args, sources, computing)

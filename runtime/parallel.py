@@ -42,7 +42,7 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
                         if is_full:
                             raise OSError(f'{reasons[number]}; the files that are finished stay')
                     except EOFError:
-                        reasons[number] = 'its process died: a crash of the decoder, or no memory'
+                        reasons[number] = 'its process died: a decoder crash, or out of memory'
                     except ConnectionResetError:  # it died before it had read the job
                         left = chain([number], left)
                     bar.update(number in reasons)

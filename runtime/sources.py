@@ -1,5 +1,5 @@
-"""What a run learns from: lists, class folders and label maps read, what is odd about them said, and compared
-with a checkpoint's. Begin with `open_sources`; the format of a list is with `read_list`.
+"""What a run learns from: reads lists, class folders and label maps, says what is odd in them, compares them
+with a checkpoint's. Begin with `open_sources`; `read_list` describes the format of a list.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from runtime.distributed import show
 
 
 def open_sources(args: argparse.Namespace) -> list[data.Source]:
-    """What the run learns from. Raises OSError or ValueError where a list is not usable."""
+    """What the run learns from. Raises OSError or ValueError if a list cannot be used."""
     sources = []
     if not args.image_only:
         sources.append(open_source(args, 'video', 'val'))
@@ -73,9 +73,9 @@ def open_list(
     if not os.path.exists(list_file):
         without = '`train.py --video-only` does without images; ' if prefix.startswith('image') else ''
         raise FileNotFoundError(
-            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}; expected there '
-            f'by {flag}-list; {without}the README shows how data is laid out, and `python train.py --demo` '
-            'makes a small set of its own'
+            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}, but {flag}-list '
+            f'names it; {without}the README shows how data is laid out, and `python train.py --demo` makes a '
+            'small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
     check_there(samples, list_file, f'{flag}-root')
@@ -83,20 +83,20 @@ def open_list(
 
 
 def check_there(samples: data.FileList, list_file: str, flag: str) -> None:
-    """FileNotFoundError where none of the first files is there; `flag` is the one that names their folder."""
+    """Raise FileNotFoundError if none of the first files exists; `flag` names their folder."""
     start = [samples.path(i) for i in range(min(10, len(samples)))]
     if not any(os.path.exists(path) for path in start):
         raise FileNotFoundError(
-            f'{start[0]}: no such file, nor any other of the first of {list_file}; {flag} names the folder '
-            f'that they are below, now {samples.root!r}'
+            f'{start[0]}: no such file, nor any other at the start of {list_file}; {flag} names the '
+            f'folder that their paths start from, now {samples.root!r}'
         )
 
 
 def check_classes(
     samples: data.FileList, name: str, list_file: str, labels: list[str] | None, classes: int
 ) -> None:
-    """Say what a training list has of which class, and what is odd about it; ValueError where nothing can be
-    learned from it."""
+    """Say how many samples of each class a training list has, and what is odd about it; ValueError if nothing
+    can be learned from it."""
     counts = np.bincount(samples.labels, minlength=classes)
     if np.count_nonzero(counts) < 2:
         raise ValueError(f'{list_file}: all {len(samples)} {name}s are of one class, which teaches nothing')
@@ -114,8 +114,8 @@ def check_classes(
 
 
 def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Source], path: str) -> None:
-    """Say which lists have changed since a checkpoint; ValueError where its network does not fit, or its
-    labels would change meaning."""
+    """Say which lists have changed since a checkpoint. ValueError if its network does not fit, or if its
+    labels would change their meaning."""
     for key in ('layers', 'width', 'video_only', 'image_only', 'freeze'):
         was, now = saved['settings'].get(key, False), getattr(args, key)
         if was != now:
@@ -134,7 +134,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
             )
         paths, labels = source.train.files.fingerprint
         if name not in saved['lists']:
-            raise ValueError(f'{path}: has learned no {name}s; --init starts a new run from its weights')
+            raise ValueError(f'{path}: never learned from {name}s; --init starts a new run from its weights')
         old_paths, old_labels = saved['lists'][name][0]
         if paths == old_paths and labels != old_labels:
             raise ValueError(
@@ -151,7 +151,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
 HEADER = re.compile(
     r'([\W_]|categor(y|ies)|class|e?s|file|frame|idx?|image|index|label|name|num|path|target|video)+', re.I
 )
-NOT_DATA = {  # folders that systems make among a user's, beside the hidden ones
+NOT_DATA = {  # folders that systems put among a user's, besides hidden ones
     '@eadir', '@recycle', '@recently-snapshot', '@tmp', '#recycle', '#snapshot', '$recycle.bin',
     'system volume information', '__macosx', '__pycache__', 'lost+found',
 }  # fmt: skip
@@ -161,7 +161,7 @@ nfc = partial(unicodedata.normalize, 'NFC')  # a Mac's file system spells an ä 
 def read_lines(path: str) -> Iterator[tuple[int, str]]:
     """(number, text) of the lines of a text file that are not blank; bytes that are not UTF-8 are kept.
 
-    UTF-16, which PowerShell writes, is known by its mark. ValueError for a line that is not text.
+    UTF-16, which PowerShell writes, is recognized by its mark. ValueError for a line that is not text.
     """
     with open(path, 'rb') as file:
         wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -189,10 +189,10 @@ def read_list(
     may contain spaces; blank lines and a header are skipped.
 
     With `videos`, the form `path num_frames label` is understood too, and the Kinetics lists' ids, which have
-    no ending, get `.mp4`. Raises ValueError with file and line for a line without a label, with several, or
-    with one that is negative, not below `num_classes` or, if that is not known, far beyond the sample count.
+    no ending, get `.mp4`. Raises ValueError, with file and line, if a line has no label, several, or one that
+    is negative, not below `num_classes` or, if that is not known, far beyond the sample count.
 
-    A folder of class folders does instead of a list, see `read_folder`; `root` then plays no part.
+    Instead of a list it can be a folder of class folders, see `read_folder`; `root` is then ignored.
     """
     if os.path.isdir(list_file):
         return read_folder(list_file, num_classes, videos, names)
@@ -229,9 +229,9 @@ def read_list(
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected lines of "path label"')
     plain = frames.pop(None, None)
-    # Two numbers are two labels where not all lines have two, or all numbers of frames could be labels.
+    # Two numbers are two labels if not all lines have two, or if all frame counts could be labels.
     if frames and (plain or max(frames) < min(16, max(labels) + 1)):
-        doubt = '' if plain else '. Numbers of frames as small as these look like labels and can be left out'
+        doubt = '' if plain else '. Frame counts as small as these look like labels; they can be left out'
         raise ValueError(f'{list_file}:{min(frames.values())}: {several}{doubt}')
     highest = int(np.argmax(labels))
     if not num_classes and labels[highest] > 10_000 + 10 * len(labels):
@@ -250,15 +250,15 @@ def read_list(
 
 
 def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[str] | None) -> data.FileList:
-    """The samples of a folder of class folders, files at any depth; `names` number the classes, otherwise the
-    alphabet does. ValueError for a class folder whose name is not among them, or where there is no file."""
+    """The samples of a folder of class folders, files at any depth. `names` number the classes, otherwise the
+    alphabet does. ValueError for a class folder whose name is not among them, or if there are no files."""
     endings, start = data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS, len(os.path.join(folder, ''))
     if not names:
         names = class_names(folder)
         if num_classes not in (None, len(names)):
             raise ValueError(
-                f'{folder}: {len(names)} class folders; which of the {num_classes} classes they are only a '
-                'list can say'
+                f'{folder}: {len(names)} class folders; only a list can say which of the {num_classes} '
+                'classes they are'
             )
         if num_classes:
             show(f'{folder}: the classes have no names, so its folders are numbered in alphabetical order')
@@ -267,8 +267,8 @@ def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[
     files = {path: nfc(path.partition(os.sep)[0]) for path in paths if os.sep in path}
     if unknown := sorted(set(files.values()) - numbers.keys()):
         raise ValueError(
-            f'{os.path.join(folder, unknown[0])}: no class of this name is known; the {len(names)} that are '
-            f'trained are {", ".join(names[:3])}' + ', ...' * (len(names) > 3)
+            f'{os.path.join(folder, unknown[0])}: not a known class; the {len(names)} trained ones '
+            f'are {", ".join(names[:3])}' + ', ...' * (len(names) > 3)
         )
     if not files:
         raise ValueError(
@@ -281,14 +281,14 @@ def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[
 
 
 def class_names(folder: str) -> list[str]:
-    """The names of a folder's class folders, those that can be read, in alphabetical order."""
+    """The names of a folder's readable class folders, in alphabetical order."""
     folders = [e for e in os.scandir(folder) if os.path.isdir(e) and os.access(e, os.R_OK | os.X_OK)]
     return sorted({nfc(entry.name) for entry in folders if is_data(entry.path)})
 
 
 def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """The files of a folder at any depth that have one of the endings, in alphabetical order; hidden ones
-    aside, what is left out is said. Links are followed, but not in a circle."""
+    """The files below a folder that have one of the endings, in alphabetical order. Says what is left out,
+    hidden files aside. Links are followed, but not in a circle."""
     found, unreadable = [], []
     for parent, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
         folders[:] = [name for name in folders if is_data(os.path.join(parent, name))]
@@ -307,21 +307,21 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def is_data(folder: str) -> bool:
-    """Whether a folder is the user's, and no link to a folder that it is in."""
+    """Whether a folder is the user's, and not a link to a folder that it is in."""
     name, real = os.path.basename(folder).lower(), os.path.islink(folder) and os.path.realpath(folder)
     circular = real and real in map(os.path.realpath, Path(folder).parents)
     return not (name.startswith('.') or name in NOT_DATA or circular)
 
 
 def read_label_map(path: str) -> list[str]:
-    """Class names from a text file with one a line, or with `name index` or `index name` on every line, as in
-    a CSV file; its header, and lines that begin with `# `, are skipped.
+    """Class names from a text file: one per line, or `name index` or `index name` on every line, as in a CSV
+    file. A header, and lines that begin with `# `, are skipped.
 
-    Where names without their numbers would be the same, `level 0` and `level 1`, the numbers belong to them.
-    Raises ValueError with file and line for names that are not distinct, and for any other kind of file.
+    If names without their numbers would be the same (`level 0` and `level 1`), the numbers belong to them.
+    Raises ValueError, with file and line, for names that are not distinct, and for any other kind of file.
     """
     rows = [row for row in read_lines(path) if not row[1].startswith('# ')]
-    expected = 'expected a class name a line, or "name index"'
+    expected = 'expected one class name per line, or "name index"'
     at, first = rows[0] if rows else (1, '')
     if re.match(r'[\[{]\s*($|["\'\[{])', first):
         raise ValueError(f'{path}:{at}: looks like JSON; {expected}')
@@ -343,7 +343,7 @@ def read_label_map(path: str) -> list[str]:
         if columns or header:
             raise ValueError(
                 f'{path}:{at}: {first!r} begins a table whose rows are not numbered 0 to {len(rows) - 1}; '
-                f'{expected}. If it is a class itself, number the lines'
+                f'{expected}. If it is a class name, number the lines'
             )
         names = rows
     lines = {}
@@ -352,17 +352,17 @@ def read_label_map(path: str) -> list[str]:
             raise ValueError(f'{path}:{number}: not text in UTF-8; save the file as that')
         before = lines.setdefault(nfc(unquote(name)), number)
         if before != number:
-            raise ValueError(f'{path}:{number}: {name!r} is the name in line {before} too')
+            raise ValueError(f'{path}:{number}: {name!r} is in line {before} too')
     return list(lines)
 
 
 def published_labels(kind: str, known: int) -> list[str] | None:
-    """The class names of Kinetics-400 or ImageNet for a head of their size that came without."""
+    """The class names of Kinetics-400 or ImageNet, for a head of their size that came without names."""
     published = {('video', 400): ('Kinetics-400', 'R3D_18'), ('image', 1000): ('ImageNet', 'ResNet50')}
     if (kind, known) not in published:
         return None
     from torchvision.models import get_weight  # takes seconds to import
 
     name, weights = published[kind, known]
-    show(f'no names of the {known} {kind} classes in the checkpoint: they are taken for those of {name}')
+    show(f'no names of the {known} {kind} classes in the checkpoint: assuming those of {name}')
     return get_weight(f'{weights}_Weights.DEFAULT').meta['categories']

@@ -253,14 +253,14 @@ def test_damaged_checkpoints_are_named_and_skipped(tmp_path, trained, capsys):
     assert f'skipping {tmp_path}/latest.pth: a damaged checkpoint (wrong checksum' in shown[0]
     assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint of train.py or MMAction2, or a' in shown[1]
     (tmp_path / 'epoch_9.pth').unlink()
-    with pytest.raises(ValueError, match='no run in it can be gone on with'):
+    with pytest.raises(ValueError, match='no checkpoint in it can be resumed'):
         checkpoint.newest(tmp_path)
 
 
 def test_weights_are_no_run(tmp_path, trained):
     for state in ({'model': trained}, {'model': trained, 'optimizer': {}}):  # the second is torchvision's
         torch.save(state, tmp_path / 'a.pth')
-        with pytest.raises(ValueError, match='a.pth: weights, but no run to go on with; --init starts from'):
+        with pytest.raises(ValueError, match='a.pth: weights, but no run to resume; --init starts from'):
             checkpoint.load_run(tmp_path / 'a.pth')
 
 
@@ -409,7 +409,7 @@ def test_the_backbone_of_a_plain_slowonly_is_taken(tmp_path, backbone):
     result = run('evaluate.py --ckpt slowonly.pth a.mp4', tmp_path, expect=1)
     assert result.stderr == (
         'evaluate.py: slowonly.pth: weight cls_head.fc_cls.weight has no place in this network; '
-        'its head is another one, a single linear layer; train.py --init takes the backbone\n'
+        'its head is a single linear layer; train.py --init takes only the backbone\n'
     )
 
 
@@ -438,7 +438,7 @@ def test_other_networks_are_refused_by_their_first_weight(trained):
     wide = OmniSlowOnly(5, 6, (2, 2, 2, 2), 64)
     assert f'{line}; it is of another' in fault(checkpoint.inflate_2d, basic, wide)
     for first in ('layer1.weight', 'stem.0.weight'):
-        line = f'x: weights of another network than SlowOnly, the first is {first}'
+        line = f'x: weights of a network other than SlowOnly; the first is {first}'
         assert fault(checkpoint.build, {'model': {first: torch.ones(3)}}, 'x') == line
 
 

@@ -224,7 +224,7 @@ def test_names_where_the_checkpoint_has_none(demo, official, evaluated):
     files = 'data/demo/images_val/dots_000.jpg data/demo/videos_val/dots_falling_000.mp4 --clips 1'
     lines = evaluated(files, 'official.pth').out.splitlines()
     assert lines[-14:-12] == [
-        'no names of the 1000 image classes in the checkpoint: they are taken for those of ImageNet',
+        'no names of the 1000 image classes in the checkpoint: assuming those of ImageNet',
         'data/demo/images_val/dots_000.jpg (image)',
     ]
     assert lines[-12].endswith('%  tiger shark') and lines[-5].endswith('%  applauding')
@@ -379,9 +379,9 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt missing.pth', 'missing.pth'),
         ('--ckpt data/demo/video_val.txt', 'video_val.txt: not a checkpoint'),
         ('--ckpt small.pth --dump nowhere/result.pkl', 'nowhere/result.pkl'),
-        ('--ckpt small.pth --dump data', 'data: no file that can be written'),
+        ('--ckpt small.pth --dump data', 'data: cannot be written'),
         ('--ckpt small.pth --val-list nowhere.txt', 'nowhere.txt'),
-        ('--ckpt nameless.pth --val-list data', 'data: 1 class folders; which of the 8 classes they'),
+        ('--ckpt nameless.pth --val-list data', 'data: 1 class folders; only a list can say'),
         ('--ckpt small.pth --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
         ('--ckpt small.pth --clips 0', "'0' is not a whole number of at least 1"),
         ('--ckpt small.pth --clips -3', 'clips'),
@@ -390,7 +390,7 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
         ('--ckpt small.pth --timeline', '--timeline needs a video'),
         ('--ckpt small.pth --csv out.csv', '--csv any files'),
         ('--ckpt small.pth --workers -1', "'-1' is not a whole number of at least 0"),
-        ('--ckpt small.pth --features nowhere/a.npz', 'nowhere/a.npz: no file that can be written'),
+        ('--ckpt small.pth --features nowhere/a.npz', 'nowhere/a.npz: cannot be written'),
         (
             '--ckpt small.pth --csv /proc/a.csv data/demo/images_val/dots_000.jpg',
             '/proc/a.csv cannot be written',
@@ -400,7 +400,7 @@ def test_an_unreadable_video_counts_as_wrong(demo, checkpoint):
             '8 names; small.pth has 4 image classes',
         ),
         ('--ckpt small.pth --video-labels typo.txt', 'typo.txt'),
-        ('--ckpt small.pth --val-list data', 'data/demo: no class of this name is known; the 8 that are'),
+        ('--ckpt small.pth --val-list data', 'data/demo: not a known class; the 8 trained ones are'),
         ('--ckpt small.pth --images a.jpg', '--images measures the image set'),
         ('--ckpt flipped.pth', 'flipped.pth: a damaged checkpoint (wrong checksum: '),
         ('--ckpt torn.pth', 'torn.pth: not a checkpoint of train.py or MMAction2, or a damaged one'),

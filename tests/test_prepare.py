@@ -213,7 +213,7 @@ def kill_or_read(name):
         torch.nn.functional.interpolate(torch.rand(64, 3, 256, 256), (128, 128)) @ torch.rand(128, 128)
 
 
-KILLED = 'its process died: a crash of the decoder, or no memory'
+KILLED = 'its process died: a decoder crash, or out of memory'
 
 
 @pytest.mark.parametrize('cores', [1, 3])
@@ -770,7 +770,7 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
         ('check empty --out nowhere/bad.txt', "No such file or directory: 'nowhere/bad.txt'"),
         (
             'check data/demo/video_train.txt',
-            'nor any other of the first of data/demo/video_train.txt; --root',
+            'nor any other at the start of data/demo/video_train.txt; --root',
         ),
         ('encode nowhere out', 'nowhere: not a folder'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),

@@ -127,15 +127,15 @@ def test_label_maps(tmp_path, content, expected):
     [
         (
             '{\n  "jump": 0,\n  "run": 1\n}',
-            ':1: looks like JSON; expected a class name a line, or "name index"',
+            ':1: looks like JSON; expected one class name per line, or "name index"',
         ),
         ('["jump", "run"]', ':1: looks like JSON'),
         ('[\n"jump"\n]', ':1: looks like JSON'),
         ('1,jump\n2,run\n', ":1: '1,jump' begins a table whose rows are not numbered 0 to 1; expected a"),
         ('id,name\n0,jump\n2,run\n', ":1: 'id,name' begins a table"),
         ('name\njump\nrun\n', ":1: 'name' begins a table"),
-        ('jump\nrun\njump\n', ":3: 'jump' is the name in line 1 too"),
-        ('0,crane\n1,ox\n2,crane\n', ":3: 'crane' is the name in line 1 too"),
+        ('jump\nrun\njump\n', ":3: 'jump' is in line 1 too"),
+        ('0,crane\n1,ox\n2,crane\n', ":3: 'crane' is in line 1 too"),
         ('läuft\n' + unicodedata.normalize('NFD', 'läuft\n'), ':2: .* in line 1 too'),
         (b'jump\nl\xe4uft\n', ':2: not text in UTF-8'),
         ('jump\n'.encode('utf-16-le'), ':1: not text in UTF-8'),
@@ -207,9 +207,7 @@ def test_names_are_the_same_however_they_are_spelled(tmp_path):
     for names in ([composed, 'lz'], [decomposed, 'lz']):
         samples = sources.read_list(folder, videos=True, names=names)
         assert samples.labels.tolist() == [0, 1] and os.path.exists(samples.path(0))
-    with pytest.raises(
-        ValueError, match='lz: no class of this name is known; the 1 that are trained are läuft'
-    ):
+    with pytest.raises(ValueError, match='lz: not a known class; the 1 trained ones are läuft'):
         sources.read_list(folder, videos=True, names=[composed])
 
 

@@ -311,7 +311,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --image-list empty.txt', 'empty.txt: no samples'),
         ('--demo --image-list nolabel.txt', 'nolabel.txt:1: no label'),
         ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range, 0 to 7'),
-        ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other of the first of gone.txt'),
+        ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other at the start of gone.txt'),
         ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
         ('--demo --image-val-list typo.txt', 'typo.txt: no such list or .* there by --image-val-list'),
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
@@ -319,7 +319,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
         ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
         ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
-        ('--demo --resume other.pth', 'other.pth: weights, but no run to go on with; --init'),
+        ('--demo --resume other.pth', 'other.pth: weights, but no run to resume; --init'),
         ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
         ('--demo --freeze', '--freeze needs trained weights: name them with --init or --init-2d'),
         ('--demo --freeze --resume', '--freeze needs trained weights'),
@@ -389,7 +389,7 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
         f'--{k}-list data/demo/{v}_train.txt --{k}-root data/demo/{v}s_train'
         for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
     )
-    assert 'taken: no run in it can be gone on with' in fails(train.main, f'{lists} --work-dir taken')
+    assert 'taken: no checkpoint in it can be resumed' in fails(train.main, f'{lists} --work-dir taken')
 
 
 def test_the_recipes_do_what_they_say():
