@@ -131,7 +131,7 @@ def test_label_maps(tmp_path, content, expected):
         ),
         ('["jump", "run"]', ':1: looks like JSON'),
         ('[\n"jump"\n]', ':1: looks like JSON'),
-        ('1,jump\n2,run\n', ":1: '1,jump' begins a table whose rows are not numbered 0 to 1; expected a"),
+        ('1,jump\n2,run\n', ":1: '1,jump' begins a table whose rows are not numbered 0 to 1; expected"),
         ('id,name\n0,jump\n2,run\n', ":1: 'id,name' begins a table"),
         ('name\njump\nrun\n', ":1: 'name' begins a table"),
         ('jump\nrun\njump\n', ":3: 'jump' is in line 1 too"),
