@@ -103,7 +103,7 @@ def main() -> None:
         ('--image-mb', (0.11, 0.03), 'mean size of an image'),
     ):
         text = f'{unit}, before and after `prepare.py encode` (default: {default[0]} {default[1]})'
-        add(flag, type=above_0, nargs=2, default=default, metavar=('IS', 'ENCODED'), help=text)
+        add(flag, type=above_0, nargs=2, default=default, metavar=('BEFORE', 'AFTER'), help=text)
     args = parser.parse_args()
     with torch.device('meta'):
         network = OmniSlowOnly()
