@@ -401,7 +401,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         'prepare.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest='command', required=True, help='one of these; its --help lists the flags')
+    commands = parser.add_subparsers(dest='command', required=True, help='one of these; --help has its flags')
 
     def command(function: Callable, name: str, files: str) -> Callable:
         usage, text = f'prepare.py {name} {files} [--FLAG ...]', function.__doc__.split('\n\n')[0]
