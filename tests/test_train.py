@@ -313,7 +313,7 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range, 0 to 7'),
         ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other at the start of gone.txt'),
         ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
-        ('--demo --image-val-list typo.txt', 'typo.txt: no such list or .* there by --image-val-list'),
+        ('--demo --image-val-list typo.txt', 'typo.txt: no such list or .* but --image-val-list'),
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
         ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
