@@ -62,7 +62,7 @@ def caught(number: int) -> bool:
         Path(folder, file).write_text(Path(file).read_text().replace(old, new))
         line = ['env', 'OMP_NUM_THREADS=1', sys.executable, *'-m pytest -x -q -p no:cacheprovider'.split()]
         output = subprocess.run([*line, *sys.argv[end + 1 :]], cwd=folder, stdout=-1, text=True).stdout
-    tests = re.findall(r'^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$', output, re.M) or ['**survives**']
+    tests = re.findall(r'^(?:FAILED|ERROR) (tests/[^[\s]+)', output, re.M) or ['**survives**']
     print(number, file, fault, tests[0], f'{monotonic() - start:.0f} s', sep=' | ', flush=True)
     return tests != ['**survives**']
 
