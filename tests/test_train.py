@@ -531,8 +531,7 @@ def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
 
 def test_the_readme_s_step_is_the_program_s():
     """Two steps, in which clipping, momentum and weight decay tell."""
-    code = DOCS.split('Without mixed precision and bookkeeping it is\n\n```python\n')[1].split('```')[0]
-    code = code.replace(', 40)', ', 0.5)')
+    code = re.search('```python\n(pixels = .*?)```', DOCS, re.S)[1].replace(', 40)', ', 0.5)')
     torch.manual_seed(0)
     ours = OmniSlowOnly(3, 3, (1, 1, 1, 1), 4)
     network = copy.deepcopy(ours)
@@ -570,7 +569,8 @@ def test_each_step_has_its_rate_and_dropout_and_the_best_epoch_is_kept(demo, mon
         '--width 4 --size 28 --clip-len 2 --videos-per-gpu 8 --images-per-gpu 2 --accumulate 2 --epochs 3'
     )
     line = f'--demo {options} --val-interval 1 --warmup-epochs 1 --workers 0 --work-dir looped'
-    train.train(train.parse_args(line.split()), torch.device('cpu'))
+    with distributed.processes('train.py') as device:
+        train.train(train.parse_args(line.split()), device)
     assert rates == [train.learning_rate(number, 2, 0.05, 1, 3) for number in range(6)]
     assert others == [(1.0, 2 * number) for number in range(6)]  # the norm to clip at, batches seen
     assert len(set(seeds)) == len(seeds) == 12
