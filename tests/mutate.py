@@ -61,15 +61,15 @@ def caught(number: int) -> bool:
         os.system(f'git ls-files -z | tar -c --null -T - | tar -x -C {folder}')
         Path(folder, file).write_text(Path(file).read_text().replace(old, new))
         line = ['env', 'OMP_NUM_THREADS=1', sys.executable, *'-m pytest -x -q -p no:cacheprovider'.split()]
-        output = subprocess.run([*line, *sys.argv[end + 1 :]], cwd=folder, stdout=-1, text=True).stdout
+        output = subprocess.run([*line, *sys.argv[end:]], cwd=folder, stdout=-1, errors='replace').stdout
     tests = re.findall(r'^(?:FAILED|ERROR) (tests/[^[\s]+)', output, re.M) or ['**survives**']
     print(number, file, fault, tests[0], f'{monotonic() - start:.0f} s', sep=' | ', flush=True)
     return tests != ['**survives**']
 
 
 os.chdir(Path(__file__).parent.parent)
-end = [*sys.argv, '--'].index('--')
-numbers, _, jobs = ' '.join(sys.argv[1:end]).partition('--jobs')
+end = [*sys.argv, '--'].index('--') + 1
+numbers, _, jobs = ' '.join(sys.argv[1 : end - 1]).partition('--jobs')
 for file, _, old, _ in (re.split(r' \| | => ', line) for line in FAULTS):
     if Path(file).read_text().count(old) != 1:
         sys.exit(f'{file} has no longer, or no longer once: {old}')
