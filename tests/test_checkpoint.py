@@ -589,3 +589,18 @@ def test_what_a_run_goes_on_from(tmp_path, trained, monkeypatch):
     assert fault(checkpoint.find, None, a, True) == refused
     checkpoint.write(state(9, demo=True), b, 'latest.pth')
     assert checkpoint.find(None, b, True) == (None, '')
+
+
+def test_what_cannot_be_written_leaves_what_is_there(tmp_path, monkeypatch):
+    checkpoint.write({'model': {'weight': torch.ones(3)}}, tmp_path, 'latest.pth')
+    before = (tmp_path / 'latest.pth').read_bytes()
+
+    def save(state, file):
+        file.write(b'half of it')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, 'save', save)
+    with pytest.raises(OSError, match=r'latest.pth cannot be written \(No space left on device, '):
+        checkpoint.write({'model': {}}, tmp_path, 'latest.pth')
+    assert [path.name for path in tmp_path.iterdir()] == ['latest.pth']
+    assert (tmp_path / 'latest.pth').read_bytes() == before

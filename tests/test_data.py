@@ -501,3 +501,9 @@ def test_workers_are_loaded_evenly_and_change_nothing(demo):
             for item, twin in zip(batch.values(), other.values()):
                 assert item.labels.shape == (len(item.pixels),) and torch.equal(item.labels, twin.labels)
                 assert torch.equal(item.pixels, twin.pixels) and item.paths == twin.paths
+
+
+def test_what_replaces_an_unreadable_sample_follows_from_its_key(sets):
+    images = data.ImageDataset(sets[1], size=56)
+    paths, again = ([images[epoch, 1].path for epoch in range(20)] for _ in range(2))
+    assert paths == again and len(set(paths)) == 2

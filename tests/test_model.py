@@ -193,3 +193,12 @@ def test_a_head_can_be_left_out():
     network = OmniSlowOnly(5, 0, **SMALL)
     assert not any('image_head' in key for key in network.state_dict())
     assert network.eval()(torch.rand(1, 3, 4, 32, 32)).shape == (1, 5)
+
+
+def test_the_batches_of_a_step_share_its_momentum():
+    network = OmniSlowOnly(5, 6, **SMALL)
+    for number, per_step, expected in ((4, 1, 1 / 4), (101, 1, 0.01), (200, 2, 1 / 200), (201, 4, 1 / 201)):
+        models.set_momentum(network, number, per_step)
+        assert network.bn1.momentum == expected
+    models.set_momentum(network, 401, 4)
+    assert (network.bn1.momentum, network.image_head[0].momentum) == (0.01 / 4, 0.1 / 4)

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, run
 
 from runtime.distributed import processes
+from runtime.guard import Guard
 
 OPTIONS = (
     '--demo --width 8 --epochs 3 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 --val-interval 2 '
@@ -449,3 +450,16 @@ def test_labels_that_change_their_meaning_are_refused_on_resume(demo):
 def test_nothing_to_resume_starts_afresh(demo):
     output = run(f'train.py {OPTIONS} --workers 1 --work-dir fresh --resume --epochs 1', demo).stdout
     assert 'nothing to resume in fresh: starting afresh' in output
+
+
+def test_a_rank_that_has_lost_its_launcher_asks_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'any')
+    before = signal.getsignal(signal.SIGINT)
+    guard = Guard(tmp_path, 10, 0.01)
+    try:
+        assert guard.ask([], 0) == (False, 0)
+        monkeypatch.setattr(os, 'getppid', lambda: -1)
+        assert guard.ask([], 0) == (False, signal.SIGTERM)
+    finally:
+        guard.close()
+        signal.signal(signal.SIGINT, before)

@@ -1,5 +1,6 @@
 """The schedule, the demo's run from end to end, several processes, and mistakes of the user."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ import data
 import evaluate
 import train
 from model import OmniSlowOnly
-from runtime import sources
+from runtime import distributed, sources
 from runtime.distributed import join
 from runtime.log import Log, say_cpu_cost
 
@@ -526,3 +527,64 @@ def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
     for arm, share in (('videos', 1), ('images first', 1), ('joint', 1), ('joint', 2)):
         first, again = (claim.run(tmp_path, arm, 2, 0, 0.1, share, 2) for _ in range(2))
         assert first | {'seconds': 0} == again | {'seconds': 0} and 0 <= first['top1'] <= first['looks'] <= 1
+
+
+def test_the_readme_s_step_is_the_program_s():
+    """Two steps, in which clipping, momentum and weight decay tell."""
+    code = re.search('```python\n(pixels = .*?)```', DOCS, re.S)[1].replace(', 40)', ', 0.5)')
+    torch.manual_seed(0)
+    ours = OmniSlowOnly(3, 3, (1, 1, 1, 1), 4)
+    network = copy.deepcopy(ours)
+    clips, images = (torch.randint(256, (4, 3, *size), dtype=torch.uint8) for size in ((2, 32, 32), (32, 32)))
+    labels = {'video': torch.tensor([0, 1, 2, 2]), 'image': torch.tensor([2, 1, 0, 0])}
+    batch = {s: data.Batch(x, labels[s], [], []) for s, x in (('video', clips), ('image', images))}
+    optimizer = train.make_optimizer(ours, 0.1, 0.9, 0.2)
+    plain = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=0.2)
+    space = {'F': F, 'nn': torch.nn, 'network': network, 'optimizer': plain, 'labels': labels}
+    device, scaler = torch.device('cpu'), torch.amp.GradScaler('cpu', enabled=False)
+    for seed in (1, 2):
+        train.train_step(ours, optimizer, scaler, [batch], [seed], device, clip_norm=0.5)
+        torch.manual_seed(seed)
+        exec(code, space | {'clips': clips, 'images': images})
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+def test_each_step_has_its_rate_and_dropout_and_the_best_epoch_is_kept(demo, monkeypatch):
+    """The loop itself, with steps that change nothing."""
+    rates, seeds, others, top1 = [], [], [], iter((0.5, 0.75, 0.25))
+
+    def step(network, optimizer, scaler, batches, own_seeds, *options):
+        rates.append(optimizer.param_groups[0]['lr'])
+        seeds.extend(own_seeds)
+        others.append(options[2:])
+        keys = [f'{source}_{key}' for source in batches[0] for key in ('loss', 'top1')]
+        return [dict.fromkeys(keys, torch.ones(()))] * len(batches), torch.ones(())
+
+    monkeypatch.setattr(train, 'train_step', step)
+    monkeypatch.setattr(train, 'validate', lambda *_: {'video_top1': next(top1)})
+    monkeypatch.setattr(Log, 'open_board', lambda *_: None)
+    monkeypatch.chdir(demo)
+    options = (
+        '--width 4 --size 28 --clip-len 2 --videos-per-gpu 8 --images-per-gpu 2 --accumulate 2 --epochs 3'
+    )
+    line = f'--demo {options} --val-interval 1 --warmup-epochs 1 --workers 0 --work-dir looped'
+    with distributed.processes('train.py') as device:
+        train.train(train.parse_args(line.split()), device)
+    assert rates == [train.learning_rate(number, 2, 0.05, 1, 3) for number in range(6)]
+    assert others == [(1.0, 2 * number) for number in range(6)]  # the norm to clip at, batches seen
+    assert len(set(seeds)) == len(seeds) == 12
+    best, latest = (torch.load(f'looped/{name}.pth', weights_only=True) for name in ('best', 'latest'))
+    assert best['epoch'] == 2 and latest['epoch'] == 3 and latest['best'][0] == best['best'][0] == 0.75
+
+
+def test_a_line_of_the_log_has_the_means_of_all_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, 'average', lambda tensors: [tensor.add_(1) for tensor in tensors])
+    monkeypatch.setattr(Log, 'open_board', lambda *_: None)
+    log = Log(str(tmp_path), torch.device('cpu'))
+    log.begin(0, 1, 0, 2)
+    for loss in (1.0, 2.0):
+        log.add([], [{'video_loss': torch.tensor(loss), 'video_top1': torch.tensor(0.5)}], torch.ones(()))
+    log.line(0.1, 0)
+    record = json.loads((tmp_path / 'log.jsonl').read_text())
+    assert (record['video_loss'], record['video_top1'], record['loss']) == (2.5, 1.5, 2.5)
