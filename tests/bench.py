@@ -5,8 +5,8 @@
     python tests/bench.py loader              joint batches from DataLoader, against its samples' CPU time
     python tests/bench.py step                a joint training step, against the network in plain Conv3d
     python tests/bench.py eval                the views of a test, against the network in plain Conv3d
+    python tests/bench.py scores              30-view scores of real videos, against the reference's
     python tests/bench.py kill --times 20     runs of the demo killed at random moments and resumed
-    python tests/bench.py soak                memory, open files and processes over 3,000 steps
     python tests/bench.py save                what a checkpoint of SlowOnly-R50 costs the training loop
     python tests/bench.py fuzz                thousands of damaged files: each is read or named as unreadable
 
@@ -21,7 +21,6 @@ import contextlib
 import copy
 import faulthandler
 import gc
-import json
 import os
 import random
 import resource
@@ -210,13 +209,13 @@ def loader(args: argparse.Namespace) -> None:
             pids = [worker.pid for worker in batches._workers]
             for _ in range(3 * workers):  # until all run and their queues are full
                 next(batches)
-            start, before = time.perf_counter(), [status(pid)[1] for pid in pids]
+            start, before = time.perf_counter(), [*map(cpu_seconds, pids)]
             for _ in range(steps):
                 next(batches)
             rate = clips * steps / (time.perf_counter() - start)
-            loads = [status(pid)[1] - seconds for pid, seconds in zip(pids, before)]
-            peak = max(memory(pid, 'status', 'VmHWM') for pid in pids)
-            rows.append([workers, rate, f'{min(loads) / max(loads):.0%}', peak])
+            loads = [cpu_seconds(pid) - seconds for pid, seconds in zip(pids, before)]
+            peaks = [Path(f'/proc/{pid}/status').read_text().split('VmHWM:')[1].split()[0] for pid in pids]
+            rows.append([workers, rate, f'{min(loads) / max(loads):.0%}', max(map(int, peaks)) >> 10])
             del batches
         torch.set_num_threads(1)  # as in a worker
         keys = keys[::9][:4]
@@ -229,15 +228,9 @@ def loader(args: argparse.Namespace) -> None:
     table(f'Joint batches of {clips} clips of 8x224x224 and {images} images', header, rows)
 
 
-def status(pid: int) -> tuple[str, float]:
-    """A process's state, a letter, and its CPU seconds."""
+def cpu_seconds(pid: int) -> float:
     fields = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()
-    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-
-
-def memory(pid: int, file: str, entry: str) -> int:
-    """MB of an entry of /proc/PID/status or /proc/PID/smaps_rollup."""
-    return int(Path(f'/proc/{pid}/{file}').read_text().split(f'{entry}:')[1].split()[0]) // 1024
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
 # The network ------------------------------------------------------------------------------------------------
@@ -442,6 +435,18 @@ def evaluation(args: argparse.Namespace) -> None:
         print(f'  {name:28}{seconds / len(views):9.5f}{ratio:>14}{off:18.1e}{peak or "":>10}', flush=True)
 
 
+def scores(args: argparse.Namespace) -> None:
+    """Scores of the 30 views of each of seven real videos, against the reference's."""
+    import test_real_videos as real
+
+    rows = []
+    for file in real.FILES:
+        views, pixels = real.load(file, 'test')
+        rows.append([file, pixels, *real.score(file, 'test', views)])
+    header = ['file', 'channel means differ by', 'scores differ by', 'same top-1']
+    table('30 views of 8x256x256, fp32', header, rows)
+
+
 # What nothing can lose --------------------------------------------------------------------------------------
 
 SHORT_RUN = '--demo --width 8 --epochs 4 --videos-per-gpu 20 --images-per-gpu 30 --log-interval 1 --workers 1'
@@ -494,49 +499,6 @@ def kill(args: argparse.Namespace) -> None:
     header = ['processes', 'kills', 'log lines by then', 'ended bit for bit like the run that was left alone']
     table('Killed with SIGKILL at a random moment of the run, start-up included, and resumed', header, rows)
     sys.exit(any(row[1] != row[3] for row in rows))
-
-
-def soak(args: argparse.Namespace) -> None:
-    """Watch one long run of the demo's loop: what grows?"""
-    before, steps_per_epoch = set(os.listdir('/dev/shm')), 80 // 6
-    seen, zombies = {'main process': [], 'largest worker': []}, Counter()
-    options = (
-        '--videos-per-gpu 4 --images-per-gpu 6 --val-interval 5 --save-minutes 0.2 --work-dir run '
-        f'--workers 2 --log-interval 10 --epochs {-(-args.steps // steps_per_epoch)}'
-    )
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.steps, unit='step') as bar:
-        prepare.make_demo(f'{folder}/data/demo', *SHORT_SET)
-        run, log = launch(Path(folder), 1, options), Path(folder, 'run/log.jsonl')
-        while run.poll() is None:
-            time.sleep(1)
-            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            last = next((line for line in reversed(lines) if 'step' in line), {'epoch': 1, 'step': 0})
-            steps = (last['epoch'] - 1) * steps_per_epoch + last['step']
-            bar.update(steps - bar.n)
-            now = {}
-            for pid in family(run.pid):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError, IndexError):
-                    zombies[pid] += status(pid)[0] == 'Z'
-                    own, files = memory(pid, 'smaps_rollup', 'Anonymous'), os.listdir(f'/proc/{pid}/fd')
-                    now[pid] = own, len(files)
-            if run.pid in now:
-                seen['main process'].append((steps, *now.pop(run.pid)))
-            if now:  # there is no worker for a moment when a validation begins or ends
-                seen['largest worker'].append((steps, *max(now.values())))
-    assert run.returncode == 0
-    rows = []
-    for name, samples in seen.items():
-        samples = np.array([sample for sample in samples if sample[0] > args.steps // 6])
-        slope = np.polyfit(samples[:, 0], samples[:, 1], 1)[0] * 1000
-        third = len(samples) // 3
-        ends = [np.median(part, 0) for part in (samples[:third], samples[-third:])]
-        memories, files = ([f'{end[i]:.0f}' for end in ends] for i in (1, 2))
-        rows.append([name, *memories, f'{slope:+.2f}', *files])
-    title = f'{args.steps} steps; medians of the first and the last third, after a sixth of them to warm up'
-    table(title, ['process', 'own memory, MB', '', 'slope, MB per 1000 steps', 'open files', ''], rows)
-    left, stayed = set(os.listdir('/dev/shm')) - before, sum(count > 5 for count in zombies.values())
-    print(f'  files left in /dev/shm: {len(left)}; zombies for over 5 seconds: {stayed}; ', end='')
-    print(f'processes left: {len(family(run.pid))}')
 
 
 def save(args: argparse.Namespace) -> None:
@@ -674,12 +636,11 @@ def main() -> None:
         'batch': (16, 'clips; on a CPU a step has two', 'loader step'),
         'views': (30, 'of one video', 'eval'),
         'times': (20, 'kills for each number of processes', 'kill'),
-        'steps': (3000, 'at least', 'soak'),
         'files': (2000, 'videos, and as many images', 'fuzz'),
         'seconds': (900, 'then no more files are read', 'fuzz'),
         'seed': (0, 'of the moments, of the damage', 'kill fuzz'),
     }
-    for function in (decode, clip, loader, step, evaluation, kill, soak, save, fuzz):
+    for function in (decode, clip, loader, step, evaluation, scores, kill, save, fuzz):
         name = 'eval' if function is evaluation else function.__name__
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
