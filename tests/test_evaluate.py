@@ -7,7 +7,6 @@ import re
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import DOCS, Forked, run, write_video
+from test_prepare import wait_for
 
 import data
 import evaluate
@@ -344,8 +344,7 @@ def test_timeline_says_what_is_seen_when(demo, checkpoint, tmp_path):
 
 def test_ctrl_c_shows_no_traceback(demo, checkpoint):
     process = Forked('evaluate.py --ckpt small.pth --clips 1000', demo)
-    while 'computing in' not in process.out.read_text():
-        time.sleep(0.01)
+    wait_for(lambda: process.out.exists() and 'computing in' in process.out.read_text())
     process.kill(signal.SIGINT)
     assert process.wait() == -signal.SIGINT and 'Traceback' not in process.err.read_text()
 
