@@ -8,7 +8,6 @@
     python tests/bench.py scores              30-view scores of real videos, against the reference's
     python tests/bench.py kill --times 20     runs of the demo killed at random moments and resumed
     python tests/bench.py save                what a checkpoint of SlowOnly-R50 costs the training loop
-    python tests/bench.py fuzz                thousands of damaged files: each is read or named as unreadable
 
 A peer runs in turn with ours, on the same input, in the same process; on a GPU one after the other, each
 alone in its memory. Figures are medians. What joint training brings is measured by tests/claim.py.
@@ -19,11 +18,9 @@ project; of these, `decode` and `clip` take the H.264 files of nine seconds and 
 import argparse
 import contextlib
 import copy
-import faulthandler
 import gc
 import os
 import random
-import resource
 import signal
 import statistics
 import subprocess
@@ -31,12 +28,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -512,121 +507,6 @@ def save(args: argparse.Namespace) -> None:
     print(f'A checkpoint of SlowOnly-R50 with both heads, {size:.0f} MB: training waits {seconds:.2f} s')
 
 
-FUZZ_SECONDS, FUZZ_BYTES = 20, 4 << 30  # what reading a file may take; more is a hang, or an error
-VIDEOS = (
-    'libx264.mp4 libx264.mkv libx264.ts libx265.mp4 mpeg4.avi mjpeg.mov libvpx.webm libvpx-vp9.webm '
-    'mpeg2video.mpg flv.flv wmv2.wmv'
-).split()  # encoder and container
-IMAGES = 'baseline.jpg progressive.jpg rgb.png animated.gif lossy.webp lossless.webp rgb.bmp'.split()
-
-
-def write_originals(folder: Path) -> None:
-    """A small whole file of each format."""
-    scene = data.generator('fuzz scene').integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    scene = Image.fromarray(scene).resize((240, 180), Image.Resampling.BICUBIC)  # libjpeg may halve it
-    exif = Image.Exif()
-    exif[data.ExifTags.Base.Orientation] = 6
-    for name in IMAGES:
-        kind, ending = name.split('.')
-        options = {'exif': exif} if ending in ('jpg', 'png', 'webp') else {}
-        options |= {'save_all': True, 'append_images': [scene.rotate(90)]} if ending == 'gif' else {}
-        scene.save(folder / name, progressive=kind == 'progressive', lossless=kind == 'lossless', **options)
-    pixels = np.array(scene.resize((96, 80)))
-    for name in VIDEOS:
-        options = {'g': '20', 'x265-params': 'log-level=none:pools=none:keyint=20'}
-        # The same each time: bit-exact, without dates and random numbers; of whole macroblocks, for x264.
-        with av.open(str(folder / name), 'w', options={'fflags': '+bitexact'}) as container:
-            stream = container.add_stream(name.split('.')[0], 30, options=options)
-            stream.width, stream.height, stream.codec_context.thread_count = 96, 80, 1
-            stream.pix_fmt = 'yuvj420p' if 'mjpeg' in name else 'yuv420p'
-            for t in range(80):
-                frame = av.VideoFrame.from_ndarray(np.roll(pixels, (t, 2 * t), (0, 1)), format='rgb24')
-                container.mux(stream.encode(frame.reformat(format=stream.pix_fmt, threads=1)))
-            container.mux(stream.encode(None))
-
-
-def damaged(folder: Path, name: str, number: int, seed: int) -> bytes:
-    """A damaged copy of a whole file: it follows from that, its name, the number and the seed."""
-    rng, content = data.generator(f'fuzz {name}', seed, number), bytearray((folder / name).read_bytes())
-    for _ in range(rng.integers(1, 3)):
-        start = int(rng.integers(16, len(content)))
-        end = start + int(2 ** rng.uniform(0, 12))
-        way = rng.choice(('flip', 'cut', 'zero', 'noise', 'delete', 'repeat', 'start', 'end'))
-        if way == 'flip':
-            for place in rng.integers(len(content), size=rng.integers(1, 65)):
-                content[place] ^= 1 << rng.integers(8)
-        elif way in ('start', 'end'):  # where most formats keep what all else depends on
-            for place in rng.integers(min(512, len(content)), size=rng.integers(1, 17)):
-                content[place if way == 'start' else -1 - place] = rng.integers(256)
-        elif way in ('cut', 'delete'):
-            del content[max(start, 64) : end if way == 'delete' else None]
-        elif way == 'repeat':
-            content[end:end] = content[start:end]
-        else:
-            content[start:end] = bytes(end - start) if way == 'zero' else rng.bytes(end - start)
-    return bytes(content)
-
-
-def read_damaged(name: str, number: int, seed: int, folder: Path) -> None:
-    """Read a damaged file as training and evaluation do; what came of it, and after how long, is raised."""
-    resource.setrlimit(resource.RLIMIT_DATA, (FUZZ_BYTES, FUZZ_BYTES))
-    start, path, result = time.monotonic(), folder / f'{number}_{name}', 'read'
-    trace = open(f'{path}.txt', 'w')  # tells where, should the process die or hang
-    faulthandler.enable(trace)
-    faulthandler.register(signal.SIGALRM, trace, chain=True)
-    signal.alarm(FUZZ_SECONDS)
-    path.write_bytes(damaged(folder, name, number, seed))
-    paths = [os.fsencode(path), *[os.fsencode(folder / name)] * 31]  # whole ones to take its place
-    samples = data.FileList(np.array(paths), np.zeros(len(paths), int))
-    try:
-        for mode, key in (('train', (number, 0)), ('val', 0)):
-            dataset = (data.VideoDataset if name in VIDEOS else data.ImageDataset)(samples, mode, 56)
-            item = dataset[key]
-            assert all(line.startswith(f'{path}: ') for line in item.bad), item.bad
-            result = 'named as unreadable' if item.bad else result
-            if mode == 'train' or not item.bad:
-                assert item.pixels.shape[-len(dataset.shape) :] == dataset.shape, item.pixels.shape
-    except BaseException as error:
-        result = f'raised {type(error).__name__}: {error}'
-    signal.alarm(0)
-    path.unlink()
-    Path(trace.name).unlink()
-    raise ValueError(f'{time.monotonic() - start:.2f} {result}')
-
-
-def fuzz(args: argparse.Namespace) -> None:
-    """Damaged videos and images, in processes that may die: each must be read or named as unreadable."""
-    counts, slowest, findings = {name: Counter() for name in VIDEOS + IMAGES}, Counter(), []
-    with tempfile.TemporaryDirectory() as folder:
-        write_originals(Path(folder))
-        if args.make:
-            name, number = args.make
-            Path(f'{number}_{name}').write_bytes(damaged(Path(folder), name, int(number), args.seed))
-            return print(f'wrote {number}_{name}')
-        names = [n for i in range(args.files) for n in (VIDEOS[i % len(VIDEOS)], IMAGES[i % len(IMAGES)])]
-        jobs = [(name, i // 2, args.seed, Path(folder)) for i, name in enumerate(names)]
-        end = time.monotonic() + args.seconds
-        for (name, number, *_), text in prepare.in_parallel(read_damaged, jobs, 'reading damaged files'):
-            seconds, _, result = text.partition(' ')
-            if (trace := Path(folder, f'{number}_{name}.txt')).exists():  # its process has died
-                seconds, where = FUZZ_SECONDS, trace.read_text().split('\n\nExtension')[0]
-                result = ('crashed ' if where[:5] in ('', 'Fatal') else 'hung ') + where
-            kind = result.split()[0]
-            counts[name][kind] += 1
-            slowest[name] = max(slowest[name], float(seconds))
-            if kind not in ('read', 'named'):
-                findings.append(f'{name} {number}: {result}')
-            if time.monotonic() > end:
-                break
-    kinds, done = ('read', 'named', 'raised', 'crashed', 'hung'), sum(map(Counter.total, counts.values()))
-    rows = [[n, c.total(), *map(c.__getitem__, kinds), f'{slowest[n]:.2f}'] for n, c in counts.items()]
-    header = ['format', 'files', 'read', 'named as unreadable', 'raised', 'crashed', 'hung', 'slowest, s']
-    table(f'{done} of {len(jobs)} damaged files, seed {args.seed}', header, rows)
-    if findings:
-        print('', *findings, sep='\n  ')
-        sys.exit(f'bench.py: `fuzz --seed {args.seed} --make FORMAT NUMBER` makes such a file again')
-
-
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -636,11 +516,9 @@ def main() -> None:
         'batch': (16, 'clips; on a CPU a step has two', 'loader step'),
         'views': (30, 'of one video', 'eval'),
         'times': (20, 'kills for each number of processes', 'kill'),
-        'files': (2000, 'videos, and as many images', 'fuzz'),
-        'seconds': (900, 'then no more files are read', 'fuzz'),
-        'seed': (0, 'of the moments, of the damage', 'kill fuzz'),
+        'seed': (0, 'of the moments', 'kill'),
     }
-    for function in (decode, clip, loader, step, evaluation, scores, kill, save, fuzz):
+    for function in (decode, clip, loader, step, evaluation, scores, kill, save):
         name = 'eval' if function is evaluation else function.__name__
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
@@ -651,8 +529,6 @@ def main() -> None:
         if function is step:
             command.add_argument('--size', type=int, help='default: 224 on a GPU, 112 on a CPU')
             command.add_argument('--compile', action='store_true', help='measure it on a CPU too')
-        if function is fuzz:
-            command.add_argument('--make', nargs=2, metavar=('FORMAT', 'NUMBER'), help='write it, no more')
     args = parser.parse_args()
     args.function(args)
 
