@@ -175,6 +175,7 @@ def test_mistakes_are_drawn_the_surest_first(demo, monkeypatch):
     assert torch.equal(rows[0], dataset[3].pixels[0].transpose(0, 1)) and rows[0].shape == (8, 3, 56, 56)
 
 
+@pytest.mark.filterwarnings('ignore:No complete tensor')  # of torch's own
 def test_the_readme_s_export_gives_the_same_logits(demo, checkpoint, monkeypatch):
     code = DOCS.split('<!-- export -->')[1].split('python -c "')[1].split('"\n```')[0]
     code = code.replace('work_dirs/omni/best.pth', 'small.pth').replace('256, 256', '64, 64')
