@@ -1,12 +1,12 @@
 """The published cost, by the published accounting."""
 
 import re
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Forked
 
 import flops
 from model import OmniSlowOnly
@@ -34,9 +34,17 @@ def test_published_figures(flops_py):
     assert re.search('total .* 177,825,344\n', own[0])
 
 
-def test_a_reader_that_has_gone_gets_no_traceback():
-    result = subprocess.run(f'{sys.executable} {ROOT}/flops.py | true', shell=True, capture_output=True)
-    assert result.stderr == b''
+def test_a_reader_that_has_gone_gets_no_traceback(tmp_path):
+    code = f"""
+import os, runpy, sys
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / 'flops.py')!r}, run_name='__main__')
+"""
+    process = Forked(['-c', code], tmp_path)
+    assert process.wait() == -signal.SIGPIPE and process.err.read_text() == ''
 
 
 def test_plan_of_the_recipe(flops_py):

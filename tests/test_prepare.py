@@ -310,9 +310,7 @@ import prepare, test_prepare
 def run(*names):
     return list(prepare.in_parallel(test_prepare.kill_or_read, [(name,) for name in names], 'reading'))
 """
-    script = Path(cwd, 'script.py')
-    script.write_text(start + code)
-    return Forked([str(script)], cwd)
+    return Forked(['-c', start + code], cwd)
 
 
 def test_processes_end_with_the_one_that_started_them(folder):
