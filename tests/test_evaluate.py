@@ -346,7 +346,7 @@ def test_timeline_says_what_is_seen_when(demo, checkpoint, tmp_path):
 def test_ctrl_c_shows_no_traceback(demo, checkpoint):
     process = Forked('evaluate.py --ckpt small.pth --clips 1000', demo)
     wait_for(lambda: process.out.exists() and 'computing in' in process.out.read_text())
-    process.kill(signal.SIGINT)
+    os.kill(process.pids[0], signal.SIGINT)
     assert process.wait() == -signal.SIGINT and 'Traceback' not in process.err.read_text()
 
 
