@@ -5,10 +5,9 @@
     python tests/bench.py loader              joint batches from DataLoader, against its samples' CPU time
     python tests/bench.py step                a joint training step, against the network in plain Conv3d
     python tests/bench.py eval                the views of a test, against the network in plain Conv3d
+    python tests/bench.py scores              30-view scores of real videos, against the reference's
     python tests/bench.py kill --times 20     runs of the demo killed at random moments and resumed
-    python tests/bench.py soak                memory, open files and processes over 3,000 steps
     python tests/bench.py save                what a checkpoint of SlowOnly-R50 costs the training loop
-    python tests/bench.py fuzz                thousands of damaged files: each is read or named as unreadable
 
 A peer runs in turn with ours, on the same input, in the same process; on a GPU one after the other, each
 alone in its memory. Figures are medians. What joint training brings is measured by tests/claim.py.
@@ -19,12 +18,9 @@ project; of these, `decode` and `clip` take the H.264 files of nine seconds and 
 import argparse
 import contextlib
 import copy
-import faulthandler
 import gc
-import json
 import os
 import random
-import resource
 import signal
 import statistics
 import subprocess
@@ -32,12 +28,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -210,13 +204,13 @@ def loader(args: argparse.Namespace) -> None:
             pids = [worker.pid for worker in batches._workers]
             for _ in range(3 * workers):  # until all run and their queues are full
                 next(batches)
-            start, before = time.perf_counter(), [status(pid)[1] for pid in pids]
+            start, before = time.perf_counter(), [*map(cpu_seconds, pids)]
             for _ in range(steps):
                 next(batches)
             rate = clips * steps / (time.perf_counter() - start)
-            loads = [status(pid)[1] - seconds for pid, seconds in zip(pids, before)]
-            peak = max(memory(pid, 'status', 'VmHWM') for pid in pids)
-            rows.append([workers, rate, f'{min(loads) / max(loads):.0%}', peak])
+            loads = [cpu_seconds(pid) - seconds for pid, seconds in zip(pids, before)]
+            peaks = [Path(f'/proc/{pid}/status').read_text().split('VmHWM:')[1].split()[0] for pid in pids]
+            rows.append([workers, rate, f'{min(loads) / max(loads):.0%}', max(map(int, peaks)) >> 10])
             del batches
         torch.set_num_threads(1)  # as in a worker
         keys = keys[::9][:4]
@@ -229,15 +223,9 @@ def loader(args: argparse.Namespace) -> None:
     table(f'Joint batches of {clips} clips of 8x224x224 and {images} images', header, rows)
 
 
-def status(pid: int) -> tuple[str, float]:
-    """A process's state, a letter, and its CPU seconds."""
+def cpu_seconds(pid: int) -> float:
     fields = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()
-    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-
-
-def memory(pid: int, file: str, entry: str) -> int:
-    """MB of an entry of /proc/PID/status or /proc/PID/smaps_rollup."""
-    return int(Path(f'/proc/{pid}/{file}').read_text().split(f'{entry}:')[1].split()[0]) // 1024
+    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
 
 # The network ------------------------------------------------------------------------------------------------
@@ -442,6 +430,18 @@ def evaluation(args: argparse.Namespace) -> None:
         print(f'  {name:28}{seconds / len(views):9.5f}{ratio:>14}{off:18.1e}{peak or "":>10}', flush=True)
 
 
+def scores(args: argparse.Namespace) -> None:
+    """Scores of the 30 views of each of seven real videos, against the reference's."""
+    import test_real_videos as real
+
+    rows = []
+    for file in real.FILES:
+        views, pixels = real.load(file, 'test')
+        rows.append([file, pixels, *real.score(file, 'test', views)])
+    header = ['file', 'channel means differ by', 'scores differ by', 'same top-1']
+    table('30 views of 8x256x256, fp32', header, rows)
+
+
 # What nothing can lose --------------------------------------------------------------------------------------
 
 SHORT_RUN = '--demo --width 8 --epochs 4 --videos-per-gpu 20 --images-per-gpu 30 --log-interval 1 --workers 1'
@@ -496,49 +496,6 @@ def kill(args: argparse.Namespace) -> None:
     sys.exit(any(row[1] != row[3] for row in rows))
 
 
-def soak(args: argparse.Namespace) -> None:
-    """Watch one long run of the demo's loop: what grows?"""
-    before, steps_per_epoch = set(os.listdir('/dev/shm')), 80 // 6
-    seen, zombies = {'main process': [], 'largest worker': []}, Counter()
-    options = (
-        '--videos-per-gpu 4 --images-per-gpu 6 --val-interval 5 --save-minutes 0.2 --work-dir run '
-        f'--workers 2 --log-interval 10 --epochs {-(-args.steps // steps_per_epoch)}'
-    )
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.steps, unit='step') as bar:
-        prepare.make_demo(f'{folder}/data/demo', *SHORT_SET)
-        run, log = launch(Path(folder), 1, options), Path(folder, 'run/log.jsonl')
-        while run.poll() is None:
-            time.sleep(1)
-            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            last = next((line for line in reversed(lines) if 'step' in line), {'epoch': 1, 'step': 0})
-            steps = (last['epoch'] - 1) * steps_per_epoch + last['step']
-            bar.update(steps - bar.n)
-            now = {}
-            for pid in family(run.pid):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError, IndexError):
-                    zombies[pid] += status(pid)[0] == 'Z'
-                    own, files = memory(pid, 'smaps_rollup', 'Anonymous'), os.listdir(f'/proc/{pid}/fd')
-                    now[pid] = own, len(files)
-            if run.pid in now:
-                seen['main process'].append((steps, *now.pop(run.pid)))
-            if now:  # there is no worker for a moment when a validation begins or ends
-                seen['largest worker'].append((steps, *max(now.values())))
-    assert run.returncode == 0
-    rows = []
-    for name, samples in seen.items():
-        samples = np.array([sample for sample in samples if sample[0] > args.steps // 6])
-        slope = np.polyfit(samples[:, 0], samples[:, 1], 1)[0] * 1000
-        third = len(samples) // 3
-        ends = [np.median(part, 0) for part in (samples[:third], samples[-third:])]
-        memories, files = ([f'{end[i]:.0f}' for end in ends] for i in (1, 2))
-        rows.append([name, *memories, f'{slope:+.2f}', *files])
-    title = f'{args.steps} steps; medians of the first and the last third, after a sixth of them to warm up'
-    table(title, ['process', 'own memory, MB', '', 'slope, MB per 1000 steps', 'open files', ''], rows)
-    left, stayed = set(os.listdir('/dev/shm')) - before, sum(count > 5 for count in zombies.values())
-    print(f'  files left in /dev/shm: {len(left)}; zombies for over 5 seconds: {stayed}; ', end='')
-    print(f'processes left: {len(family(run.pid))}')
-
-
 def save(args: argparse.Namespace) -> None:
     """How long training waits for a checkpoint: until it is on the disk."""
     weights = OmniSlowOnly().state_dict()
@@ -550,121 +507,6 @@ def save(args: argparse.Namespace) -> None:
     print(f'A checkpoint of SlowOnly-R50 with both heads, {size:.0f} MB: training waits {seconds:.2f} s')
 
 
-FUZZ_SECONDS, FUZZ_BYTES = 20, 4 << 30  # what reading a file may take; more is a hang, or an error
-VIDEOS = (
-    'libx264.mp4 libx264.mkv libx264.ts libx265.mp4 mpeg4.avi mjpeg.mov libvpx.webm libvpx-vp9.webm '
-    'mpeg2video.mpg flv.flv wmv2.wmv'
-).split()  # encoder and container
-IMAGES = 'baseline.jpg progressive.jpg rgb.png animated.gif lossy.webp lossless.webp rgb.bmp'.split()
-
-
-def write_originals(folder: Path) -> None:
-    """A small whole file of each format."""
-    scene = data.generator('fuzz scene').integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    scene = Image.fromarray(scene).resize((240, 180), Image.Resampling.BICUBIC)  # libjpeg may halve it
-    exif = Image.Exif()
-    exif[data.ExifTags.Base.Orientation] = 6
-    for name in IMAGES:
-        kind, ending = name.split('.')
-        options = {'exif': exif} if ending in ('jpg', 'png', 'webp') else {}
-        options |= {'save_all': True, 'append_images': [scene.rotate(90)]} if ending == 'gif' else {}
-        scene.save(folder / name, progressive=kind == 'progressive', lossless=kind == 'lossless', **options)
-    pixels = np.array(scene.resize((96, 80)))
-    for name in VIDEOS:
-        options = {'g': '20', 'x265-params': 'log-level=none:pools=none:keyint=20'}
-        # The same each time: bit-exact, without dates and random numbers; of whole macroblocks, for x264.
-        with av.open(str(folder / name), 'w', options={'fflags': '+bitexact'}) as container:
-            stream = container.add_stream(name.split('.')[0], 30, options=options)
-            stream.width, stream.height, stream.codec_context.thread_count = 96, 80, 1
-            stream.pix_fmt = 'yuvj420p' if 'mjpeg' in name else 'yuv420p'
-            for t in range(80):
-                frame = av.VideoFrame.from_ndarray(np.roll(pixels, (t, 2 * t), (0, 1)), format='rgb24')
-                container.mux(stream.encode(frame.reformat(format=stream.pix_fmt, threads=1)))
-            container.mux(stream.encode(None))
-
-
-def damaged(folder: Path, name: str, number: int, seed: int) -> bytes:
-    """A damaged copy of a whole file: it follows from that, its name, the number and the seed."""
-    rng, content = data.generator(f'fuzz {name}', seed, number), bytearray((folder / name).read_bytes())
-    for _ in range(rng.integers(1, 3)):
-        start = int(rng.integers(16, len(content)))
-        end = start + int(2 ** rng.uniform(0, 12))
-        way = rng.choice(('flip', 'cut', 'zero', 'noise', 'delete', 'repeat', 'start', 'end'))
-        if way == 'flip':
-            for place in rng.integers(len(content), size=rng.integers(1, 65)):
-                content[place] ^= 1 << rng.integers(8)
-        elif way in ('start', 'end'):  # where most formats keep what all else depends on
-            for place in rng.integers(min(512, len(content)), size=rng.integers(1, 17)):
-                content[place if way == 'start' else -1 - place] = rng.integers(256)
-        elif way in ('cut', 'delete'):
-            del content[max(start, 64) : end if way == 'delete' else None]
-        elif way == 'repeat':
-            content[end:end] = content[start:end]
-        else:
-            content[start:end] = bytes(end - start) if way == 'zero' else rng.bytes(end - start)
-    return bytes(content)
-
-
-def read_damaged(name: str, number: int, seed: int, folder: Path) -> None:
-    """Read a damaged file as training and evaluation do; what came of it, and after how long, is raised."""
-    resource.setrlimit(resource.RLIMIT_DATA, (FUZZ_BYTES, FUZZ_BYTES))
-    start, path, result = time.monotonic(), folder / f'{number}_{name}', 'read'
-    trace = open(f'{path}.txt', 'w')  # tells where, should the process die or hang
-    faulthandler.enable(trace)
-    faulthandler.register(signal.SIGALRM, trace, chain=True)
-    signal.alarm(FUZZ_SECONDS)
-    path.write_bytes(damaged(folder, name, number, seed))
-    paths = [os.fsencode(path), *[os.fsencode(folder / name)] * 31]  # whole ones to take its place
-    samples = data.FileList(np.array(paths), np.zeros(len(paths), int))
-    try:
-        for mode, key in (('train', (number, 0)), ('val', 0)):
-            dataset = (data.VideoDataset if name in VIDEOS else data.ImageDataset)(samples, mode, 56)
-            item = dataset[key]
-            assert all(line.startswith(f'{path}: ') for line in item.bad), item.bad
-            result = 'named as unreadable' if item.bad else result
-            if mode == 'train' or not item.bad:
-                assert item.pixels.shape[-len(dataset.shape) :] == dataset.shape, item.pixels.shape
-    except BaseException as error:
-        result = f'raised {type(error).__name__}: {error}'
-    signal.alarm(0)
-    path.unlink()
-    Path(trace.name).unlink()
-    raise ValueError(f'{time.monotonic() - start:.2f} {result}')
-
-
-def fuzz(args: argparse.Namespace) -> None:
-    """Damaged videos and images, in processes that may die: each must be read or named as unreadable."""
-    counts, slowest, findings = {name: Counter() for name in VIDEOS + IMAGES}, Counter(), []
-    with tempfile.TemporaryDirectory() as folder:
-        write_originals(Path(folder))
-        if args.make:
-            name, number = args.make
-            Path(f'{number}_{name}').write_bytes(damaged(Path(folder), name, int(number), args.seed))
-            return print(f'wrote {number}_{name}')
-        names = [n for i in range(args.files) for n in (VIDEOS[i % len(VIDEOS)], IMAGES[i % len(IMAGES)])]
-        jobs = [(name, i // 2, args.seed, Path(folder)) for i, name in enumerate(names)]
-        end = time.monotonic() + args.seconds
-        for (name, number, *_), text in prepare.in_parallel(read_damaged, jobs, 'reading damaged files'):
-            seconds, _, result = text.partition(' ')
-            if (trace := Path(folder, f'{number}_{name}.txt')).exists():  # its process has died
-                seconds, where = FUZZ_SECONDS, trace.read_text().split('\n\nExtension')[0]
-                result = ('crashed ' if where[:5] in ('', 'Fatal') else 'hung ') + where
-            kind = result.split()[0]
-            counts[name][kind] += 1
-            slowest[name] = max(slowest[name], float(seconds))
-            if kind not in ('read', 'named'):
-                findings.append(f'{name} {number}: {result}')
-            if time.monotonic() > end:
-                break
-    kinds, done = ('read', 'named', 'raised', 'crashed', 'hung'), sum(map(Counter.total, counts.values()))
-    rows = [[n, c.total(), *map(c.__getitem__, kinds), f'{slowest[n]:.2f}'] for n, c in counts.items()]
-    header = ['format', 'files', 'read', 'named as unreadable', 'raised', 'crashed', 'hung', 'slowest, s']
-    table(f'{done} of {len(jobs)} damaged files, seed {args.seed}', header, rows)
-    if findings:
-        print('', *findings, sep='\n  ')
-        sys.exit(f'bench.py: `fuzz --seed {args.seed} --make FORMAT NUMBER` makes such a file again')
-
-
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -674,12 +516,9 @@ def main() -> None:
         'batch': (16, 'clips; on a CPU a step has two', 'loader step'),
         'views': (30, 'of one video', 'eval'),
         'times': (20, 'kills for each number of processes', 'kill'),
-        'steps': (3000, 'at least', 'soak'),
-        'files': (2000, 'videos, and as many images', 'fuzz'),
-        'seconds': (900, 'then no more files are read', 'fuzz'),
-        'seed': (0, 'of the moments, of the damage', 'kill fuzz'),
+        'seed': (0, 'of the moments', 'kill'),
     }
-    for function in (decode, clip, loader, step, evaluation, kill, soak, save, fuzz):
+    for function in (decode, clip, loader, step, evaluation, scores, kill, save):
         name = 'eval' if function is evaluation else function.__name__
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
@@ -690,8 +529,6 @@ def main() -> None:
         if function is step:
             command.add_argument('--size', type=int, help='default: 224 on a GPU, 112 on a CPU')
             command.add_argument('--compile', action='store_true', help='measure it on a CPU too')
-        if function is fuzz:
-            command.add_argument('--make', nargs=2, metavar=('FORMAT', 'NUMBER'), help='write it, no more')
     args = parser.parse_args()
     args.function(args)
 

@@ -24,8 +24,7 @@ def relative(ours, theirs):
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.fixture(scope='module')
-def official():
+def official_weights():
     """An official checkpoint's state_dict: all 334 keys, weights of tag `a`."""
     shapes = json.loads((REFERENCE / 'state_dict_shapes.json').read_text())
     statistics = np.load(REFERENCE / 'bn_a.npz')
@@ -34,6 +33,11 @@ def official():
         for key, shape in shapes.items()
     }
     return {key: torch.from_numpy(np.asarray(array)) for key, array in arrays.items()}
+
+
+@pytest.fixture(scope='module')
+def official():
+    return official_weights()
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,6 @@
 """Data is made ready: what is bad is named, copies keep names and colours, pictures show what was drawn."""
 
+import contextlib
 import errno
 import faulthandler
 import gc
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -21,7 +23,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, write_video
+from conftest import ROOT, Forked, run, write_video
 from PIL import Image
 
 import data
@@ -100,10 +102,9 @@ def test_check_names_what_cannot_be_read_and_goes_on(folder):
     ]
     lines += ['thread.png 0', f'{strange[3:]} 0']
     Path('list.txt').write_text('\n'.join(lines), 'utf-8', 'surrogateescape')
-    command = [sys.executable, ROOT / 'prepare.py', *'check list.txt --root in'.split()]
-    result = subprocess.run(command, capture_output=True)  # bytes, as names need not be UTF-8
-    assert result.returncode == 1 and not result.stderr
-    lost, said, *lines = os.fsdecode(result.stdout).splitlines()
+    process = Forked('prepare.py check list.txt --root in', folder)
+    assert process.wait() == 1 and not process.err.read_bytes()
+    lost, said, *lines = os.fsdecode(process.out.read_bytes()).splitlines()  # names need not be UTF-8
     assert lost == "videos of 'class 2' (1 files): none can be read"
     assert said == 'list.txt: 7 files, 4 of them unreadable, see bad_samples.txt'
     assert [line.split(': ')[0] for line in lines] == ['in/end.jpg', strange, 'in/thread.png', 'in/torn.mp4']
@@ -182,9 +183,9 @@ def test_a_class_that_cannot_be_read_is_named(folder, capsys):
         "files of 'in/jump' (4 files): none can be read\nin: 8 files, 4 "
     )
     size = '--layers 1 1 1 1 --width 4 --size 28 --clip-len 2 --workers 0 --epochs 2 --log-interval 9'
-    for start in ('train.py', 'torchrun --nproc_per_node=2 train.py'):
-        command = f'{start} --video-only --video-list in --videos-per-gpu 2 --work-dir {start[:5]} {size}'
-        lines = run(command, folder).stdout.splitlines()
+    for ranks in (1, 2):
+        command = f'train.py --video-only --video-list in --videos-per-gpu 2 --work-dir {ranks} {size}'
+        lines = run(command, folder, ranks=ranks).stdout.splitlines()
         assert lines.count("videos of 'jump' (4 files): none can be read") == 2, lines
 
 
@@ -210,7 +211,7 @@ def kill_or_read(name):
         time.sleep(0.1)
         raise ValueError(os.getpid())
     if name == 'torch':
-        torch.nn.functional.interpolate(torch.rand(64, 3, 256, 256), (128, 128)) @ torch.rand(128, 128)
+        torch.nn.functional.interpolate(torch.rand(8, 3, 256, 256), (128, 128)) @ torch.rand(128, 128)
 
 
 KILLED = 'its process died: a decoder crash, or out of memory'
@@ -237,30 +238,89 @@ def test_a_job_that_was_not_begun_goes_to_another_process(monkeypatch, name):
     assert [reason for _, reason in results] == ['', '']
 
 
+WHOLE = {  # what is damaged: the options of `write_video`; for a picture those of Pillow
+    **{f'h264.{ending}': {'options': {'g': '10', 'bf': '2'}} for ending in ('mp4', 'mkv', 'ts')},
+    'hevc.mp4': {'codec': 'libx265', 'options': {'x265-params': 'log-level=none:keyint=10'}},
+    'vp8.webm': {'codec': 'libvpx', 'options': {'g': '10', 'deadline': 'realtime'}},
+    'vp9.webm': {'codec': 'libvpx-vp9', 'options': {'g': '10', 'deadline': 'realtime'}},
+    'mpeg4.avi': {'codec': 'mpeg4', 'options': {'bf': '2'}},
+    'mpeg2.mpg': {'codec': 'mpeg2video'},
+    'mjpeg.mov': {'codec': 'mjpeg', 'pix_fmt': 'yuvj420p'},
+    'flv1.flv': {'codec': 'flv1'},
+    'wmv2.wmv': {'codec': 'wmv2'},
+    **{f'a.{ending}': {} for ending in ('jpg', 'png', 'webp', 'bmp')},
+    'a.gif': {'save_all': True, 'append_images': [Image.new('RGB', (96, 64), 'red')]},
+    'progressive.jpg': {'progressive': True},
+    'lossless.webp': {'lossless': True},
+}
+
+
+def read_damaged(path, seed):
+    resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # a process that hangs is killed
+    with contextlib.suppress(av.FFmpegError, OSError, ValueError), VideoReader(path) as video:
+        some = np.random.default_rng(seed).integers(len(video), size=5)
+        frames = video.get_batch(some)
+        assert np.array_equal(video.get_batch(some[::-1]), frames[::-1])
+    prepare.check_file(path)
+
+
+def test_damaged_files_neither_hang_nor_crash(tmp_path):
+    """Nor do they take memory without end, and asked for twice, a frame is the same."""
+    rng, scene, jobs = np.random.default_rng(0), tmp_path / 'scene.mp4', []
+    with VideoReader(write_video(scene, 1, size=(64, 96))) as video:
+        scene = Image.fromarray(video.get_batch([0])[0])
+    for name, options in WHOLE.items():
+        path = tmp_path / name
+        scene.save(path, **options) if name.endswith(data.IMAGE_ENDINGS) else write_video(path, 25, **options)
+        for number in range(6):
+            content, place = bytearray(path.read_bytes()), int(rng.integers(path.stat().st_size))
+            part = slice(place, place + int(2 ** rng.uniform(0, 11)))
+            if number % 5 == 0:
+                content[part] = bytes(len(content[part]))
+            elif number % 5 == 1:
+                content[part] = rng.bytes(len(content[part]))
+            elif number % 5 == 2:
+                del content[part]
+            elif number % 5 == 3:
+                del content[place:]
+            else:
+                for place in rng.integers(len(content), size=part.stop - part.start):
+                    content[place] ^= 1 << rng.integers(8)
+            jobs.append((str(tmp_path / f'{number}_{name}'), number))
+            Path(jobs[-1][0]).write_bytes(content)
+    reasons = {job: reason for job, reason in prepare.in_parallel(read_damaged, jobs, 'reading')}
+    assert '' in reasons.values() and 20 < sum(map(bool, reasons.values()))
+    terms = KILLED, 'AssertionError', 'MemoryError', 'Cannot allocate memory'
+    assert not {job: reason for job, reason in reasons.items() if reason.startswith(terms)}
+
+
 def test_a_full_disk_ends_all():
     with pytest.raises(OSError, match='No space left on device.*; the files that are finished stay'):
         list(prepare.in_parallel(kill_or_read, [('1',), ('full',), ('2',)], 'reading'))
     assert not multiprocessing.active_children()
 
 
-def in_another_process(code, cwd, **env):
+def in_another_process(code, cwd):
     """Start Python code in which run('a', 'b') does jobs of these names in parallel."""
     start = f"""
-import os, sys, torch
+import sys, torch
 sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}
 import prepare, test_prepare
 def run(*names):
     return list(prepare.in_parallel(test_prepare.kill_or_read, [(name,) for name in names], 'reading'))
 """
-    command = [sys.executable, '-c', start + code]
-    return subprocess.Popen(command, cwd=cwd, stdout=-1, text=True, env={**os.environ, **env})
+    return Forked(['-c', start + code], cwd)
 
 
 def test_processes_end_with_the_one_that_started_them(folder):
-    process = in_another_process('run("sleeps", "sleeps")', folder)
+    os.mkfifo('alive')
+    process = in_another_process('alive = open("alive", "w")\nrun("sleeps", "sleeps")', folder)
+    reader = os.open('alive', os.O_RDONLY)
     wait_for(Path('started').exists)
-    process.kill()
-    process.communicate(timeout=60)  # whose end is when all that write to its output have ended
+    os.kill(process.pids[0], signal.SIGKILL)
+    assert select.select([reader], [], [], 60)[0]  # at its end: all have ended
+    os.close(reader)
 
 
 def test_there_are_as_many_processes_as_cores_are_granted():
@@ -293,10 +353,10 @@ torch.set_num_threads(4)
 weight = torch.rand(800, 800, requires_grad=True)
 torch.nn.functional.conv2d((weight @ weight)[None, None], torch.rand(8, 1, 3, 3)).sum().backward()
 torch.nn.functional.interpolate(torch.rand(8, 3, 512, 512), (256, 256))
-print({reason for _, reason in run(*['torch'] * 20)})
+print({reason for _, reason in run(*['torch'] * 9)})
 """
-    process = in_another_process(code, folder, OMP_NUM_THREADS='4')
-    assert process.communicate(timeout=100) == ("{''}\n", None)
+    process = in_another_process(code, folder)
+    assert process.wait() == 0 and process.out.read_text() == "{''}\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -456,7 +516,7 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
 
 
 def test_a_webm_that_has_lost_most_of_it_is_named(folder, capsys):
-    write_video('whole.webm', num_frames=300, codec='libvpx', size=(96, 128))
+    write_video('whole.webm', 300, 'libvpx', (96, 128), {'deadline': 'realtime', 'cpu-used': '8'})
     os.makedirs('in')
     content = Path('whole.webm').read_bytes()
     Path('in/torn.webm').write_bytes(content[: len(content) // 5])
@@ -618,13 +678,20 @@ def test_encode_leaves_nothing_half_written_on_a_full_disk(folder, fails, monkey
 
 def test_ctrl_c_is_one_line(folder):
     os.makedirs('in')
-    write_video('in/a.mp4', num_frames=3000, size=(256, 256), options={'preset': 'ultrafast'})
-    command = [sys.executable, ROOT / 'prepare.py', 'encode', 'in', 'out']
-    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
-    wait_for(lambda: Path('out/a.mp4.part').exists() or Path('out/a.mp4').exists())
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to its processes too
-    assert process.communicate() == ('', 'prepare.py: stopped\n') and process.returncode == 130
-    assert 'a.mp4.part' not in os.listdir('out')
+    write_video('in/a.mp4', num_frames=5)
+    code = """
+def encode_file(source, target, *settings):
+    open(f'{target}.part', 'w')
+    test_prepare.kill_or_read('sleeps')
+prepare.encode_file = encode_file
+prepare.main(['encode', 'in', 'out'])
+"""
+    process = in_another_process(code, folder)
+    wait_for(Path('started').exists)
+    process.kill(signal.SIGINT)  # as a terminal does, to its processes too
+    assert process.wait() == 130 and process.out.read_text() == ''
+    assert process.err.read_text() == 'prepare.py: stopped\n'
+    assert os.listdir('out') == ['bad_samples.txt']
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -787,12 +854,9 @@ def test_mistakes_are_one_line(demo, fails, command, message):
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
-        ('list', 'invalid choice'),
         ('encode in out --crf 52', "argument --crf: '52' is not a whole number of at least 0, below 52"),
-        ('encode in out --crf -1', "argument --crf: '-1' is not"),
         ('encode in out --gop 3000000000', "argument --gop: '3000000000' is not"),
         ('encode in out --short-side 0', "argument --short-side: '0' is not"),
-        ('encode in out --shrot-side 9', 'error: unrecognized arguments: --shrot-side 9'),
     ],
 )
 def test_a_flag_that_is_wrong_is_a_line(folder, capsys, command, message):

@@ -159,23 +159,38 @@ def with_content(packet, content):
 
 
 @pytest.mark.parametrize('name', VIDEOS)
-def test_frames_equal_decoding_from_the_start(name, tmp_path):
+def test_frames_equal_decoding_from_the_start(name, tmp_path, monkeypatch):
+    """Of those that are read from the middle, each group that is needed, and one before it at most, the first
+    time and later."""
     file, options = VIDEOS[name]
     path = write_video(tmp_path / file, **options)
-    check(path, decode_all(path))
+    expected = decode_all(path)
+    decode_group, decoded = VideoReader._decode_group, []
+
+    def counted(self, *args):
+        for frame in decode_group(self, *args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(VideoReader, '_decode_group', counted)
+    if name in FROM_THE_MIDDLE:
+        monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
+    check(path, expected)
     with VideoReader(path) as video:
         times = np.array(options.get('times', np.arange(len(video)) * 20)) / 600
         np.testing.assert_allclose(video.times(range(len(video))), times - times[0], atol=2e-3)
+        for index in range(len(expected)) if name in FROM_THE_MIDDLE else ():
+            decoded.clear()
+            np.testing.assert_array_equal(video.get_batch([index]), expected[[index]])
+            assert 0 < len(decoded) <= 34
 
 
 @pytest.mark.parametrize(
     'name',
     [
-        'odd/cockatoo.mp4',
         'odd/yes.mkv',
         'videos/Biking/v_Biking_g01_c04.avi',
         'videos/WallPushups/v_WallPushups_g01_c04.avi',  # B-frames are packed with others
-        *sorted(f'codecs/{file.name}' for file in REAL.glob('codecs/*')),
     ],
 )
 def test_frames_of_real_files(name):
@@ -190,29 +205,6 @@ def test_frames_of_real_files(name):
         assert len(video) == number + 1
         for indices in ([*expected][::-1], [*expected][1::2]):
             np.testing.assert_array_equal(video.get_batch(indices), [expected[index] for index in indices])
-
-
-@pytest.mark.parametrize('name', FROM_THE_MIDDLE)
-def test_what_is_read_from_the_middle_stays_so(name, tmp_path, monkeypatch):
-    """Of each group that is needed, and of one before it at most, the first time and later."""
-    file, options = FROM_THE_MIDDLE[name]
-    path = write_video(tmp_path / file, **options)
-    expected = decode_all(path)
-    decode_group, decoded = VideoReader._decode_group, []
-
-    def counted(self, *args):
-        for frame in decode_group(self, *args):
-            decoded.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr(VideoReader, '_decode_group', counted)
-    monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
-    check(path, expected)
-    with VideoReader(path) as video:
-        for index in range(len(expected)):
-            decoded.clear()
-            np.testing.assert_array_equal(video.get_batch([index]), expected[[index]])
-            assert 0 < len(decoded) <= 34
 
 
 def test_decode_gives_every_frame_to_whoever_encodes_them(tmp_path):
@@ -258,13 +250,6 @@ def test_turned_video_comes_upright(turn, tmp_path):
     with VideoReader(path) as video:
         for _, frame in video.frames([0, 4]):
             assert frame.flags.c_contiguous and frame.flags.writeable
-
-
-def test_turned_real_file():
-    path = REAL / 'odd/video_90.mov'
-    if not path.exists():
-        pytest.skip(f'no {path}')
-    check(path, np.rot90(decode_all(path), -1, axes=(1, 2)))
 
 
 @pytest.mark.parametrize('orientations', [(6, 5, 8, 7), (1, 2, 3, 4), (8, 1, 6, 3)])
@@ -472,9 +457,9 @@ def packets_of(path):
 
 
 @pytest.mark.parametrize(
-    'name', ['vp8', 'vp9', 'av1', 'mpeg4 in AVI', 'hevc with parameters in every key frame']
+    ('stated', 'name'),
+    [(0, 'vp8'), (0, 'vp9'), (1, 'av1'), (1, 'mpeg4 in AVI'), (0, 'hevc with parameters in every key frame')],
 )
-@pytest.mark.parametrize('stated', [0, 1])
 def test_key_frames_of_another_size(name, stated, tmp_path):
     """Two streams as one: whichever size the container states, all have the first frame's."""
     file, options = FROM_THE_MIDDLE[name]
@@ -649,7 +634,7 @@ def test_a_key_frame_that_needs_the_header_before(tmp_path):
 @pytest.mark.parametrize('shift', [0, 16])
 def test_times_that_do_not_fit(name, shift, tmp_path):
     """The same times again, or times between others'."""
-    path = write_video(tmp_path / 'a.mkv', **FROM_THE_MIDDLE[name][1])
+    path = write_video(tmp_path / 'a.mkv', **{**FROM_THE_MIDDLE[name][1], 'num_frames': 26})
     packets = packets_of(path)
     with av.open(path) as source, av.open(str(tmp_path / 'b.mkv'), 'w') as copy:
         stream = copy.add_stream_from_template(source.streams.video[0], opaque=True)
@@ -715,7 +700,7 @@ def test_a_video_without_frame_rate(tmp_path):
     check(path, decode_all(path))
 
 
-@pytest.mark.parametrize('name', ['clip:1.mp4', 'http:1.mp4', 'file:1.mp4', 'subfile,a:b.mp4', '50%d?#.mp4'])
+@pytest.mark.parametrize('name', ['clip:1.mp4', 'subfile,a:b.mp4', '50%d?#.mp4'])
 def test_a_file_is_a_file_whatever_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / 'a.mp4')
@@ -773,56 +758,9 @@ def test_damage_that_is_shown_later(damaged, tmp_path):
 
     copy_packets(tmp_path / 'whole.mp4', tmp_path / 'a.mp4', change)
     expected = decode_on_one_thread(tmp_path / 'a.mp4')
-    for index in range(len(expected)):
+    for index in range(damaged - 6, min(damaged + 18, len(expected))):
         with VideoReader(tmp_path / 'a.mp4') as video:
             np.testing.assert_array_equal(video.get_batch([index]), expected[[index]])
-
-
-DAMAGE = """
-import collections, random, resource, sys
-import av
-import numpy as np
-from video import SPLITTERS, VideoReader, _units
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-rng, outcomes = random.Random(0), collections.Counter()
-for path in sys.argv[1:]:
-    whole = open(path, 'rb').read()
-    for copy in range(40):
-        content = bytearray(whole)
-        at, size = rng.randrange(len(content)), rng.choice([1, 30, 1000])
-        if copy % 4 == 0:
-            content[at : at + size] = bytes(size)
-        elif copy % 4 == 1:
-            del content[at:]
-        elif copy % 4 == 2:
-            del content[at : at + size]
-        else:
-            for _ in range(size):
-                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        open(path, 'wb').write(content)
-        try:
-            with VideoReader(path) as video:
-                indices = [rng.randrange(len(video)) for _ in range(5)]
-                assert np.array_equal(video.get_batch(indices), video.get_batch(indices[::-1])[::-1])
-            outcomes['read'] += 1
-        except (av.FFmpegError, ValueError) as error:
-            outcomes[type(error).__name__] += 1
-print(outcomes)
-"""
-
-
-def test_damaged_files_neither_hang_nor_crash(tmp_path):
-    paths = [
-        write_video(tmp_path / 'a.mp4', options={'g': '10', 'bf': '2'}),
-        write_video(tmp_path / 'a.mkv', options={'g': '10', 'bf': '2'}),
-        write_video(tmp_path / 'a.ts', options={'g': '10', 'bf': '2'}),
-        write_video(tmp_path / 'a.avi', codec='mpeg4', options={'g': '10', 'bf': '2'}),
-    ]
-    result = subprocess.run(
-        [sys.executable, '-c', DAMAGE, *paths], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "'read'" in result.stdout and "'InvalidDataError'" in result.stdout
 
 
 MEMORY = """
