@@ -1,8 +1,15 @@
 """Small real files for the tests, made on the spot, and the commands run as a user would."""
 
+import contextlib
+import functools
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -47,17 +54,114 @@ def decode_all(path):
         return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
 
 
-def run(command, cwd, expect=0, **env):
-    """Run a command of the project, `train.py --epochs 1` say, and give back its result with stdout and
-    stderr."""
+# Has imported what a command imports, and forks for each that it is told of, as a start of PyTorch takes 3
+# seconds and a fork 0.05. The fork runs the script as Python would, to the interpreter's end.
+SERVER = f"""
+import gc, json, os, pathlib, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch._dynamo, torchvision, evaluate, flops, prepare, train
+for name in [*sys.modules]:
+    if name.split('.')[0] in {['runtime', *(path.stem for path in ROOT.glob('*.py'))]!r}:
+        del sys.modules[name]  # a fork of the program has its own
+gc.freeze()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    arguments, folder, env, *files, status = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if child := os.fork():
+        print(child, flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        pathlib.Path(status + '.tmp').write_text(str(code))
+        os.rename(status + '.tmp', status)
+        os._exit(0)
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for descriptor, path in enumerate([os.devnull, *files]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
+    runpy.run_path(arguments[0], run_name='__main__')
+    break
+"""
+
+
+@functools.cache
+def server():
+    """The fork server of this pytest process, and a folder for its files."""
+    line, env = [sys.executable, '-c', SERVER], {**os.environ, 'OMP_NUM_THREADS': '1'}
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+    process = subprocess.Popen(line, env=env, start_new_session=True, **pipes)
+    return process, tempfile.TemporaryDirectory()
+
+
+class Forked:
+    """A command of the project in forks of the server, one for each rank, each in a session of its own. They
+    write to the files `out` and `err`."""
+
+    def __init__(self, command, cwd, ranks=1, **env):
+        process, folder = server()
+        own = Path(tempfile.mkdtemp(dir=folder.name))
+        self.out, self.err, self.pids = own / 'out', own / 'err', []
+        self.ends = [own / str(rank) for rank in range(ranks)]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
+        if ranks > 1:  # what torchrun sets
+            with socket.socket() as free:
+                free.bind(('127.0.0.1', 0))
+                env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
+            env |= {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks), 'CUDA_VISIBLE_DEVICES': ''}
+        for rank, end in enumerate(self.ends):
+            if ranks > 1:
+                env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+            job = [words(command), str(cwd), env, str(self.out), str(self.err), str(end)]
+            print(json.dumps(job), file=process.stdin, flush=True)
+            self.pids.append(int(process.stdout.readline()))
+
+    def poll(self):
+        """The exit status, once all have ended: a signal that killed one, or the highest."""
+        if all(end.exists() for end in self.ends):
+            codes = sorted(int(end.read_text()) for end in self.ends)
+            return codes[0] or codes[-1]
+
+    def kill(self, signum=signal.SIGKILL):
+        """Send a signal to all ranks and their workers, as a scheduler or a terminal does."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signum)
+
+    def wait(self, timeout=400):
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.kill()
+                raise TimeoutError(self.out.read_text()[-3000:] + self.err.read_text()[-3000:])
+            time.sleep(0.01)
+        return self.poll()
+
+
+def words(command):
     line = command if isinstance(command, list) else command.split()
-    line = [str(ROOT / part) if part in SCRIPTS else part for part in line]
-    if line[0] == 'torchrun':
-        line[:1] = ['-m', 'torch.distributed.run', '--standalone']
-        env = {'CUDA_VISIBLE_DEVICES': '', **env}  # a machine may have fewer GPUs than processes here
-    line = [sys.executable, *line]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}  # so that tests beside each other keep their pace
-    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=env, timeout=400)
+    return [str(ROOT / part) if part in SCRIPTS else part for part in line]
+
+
+def run(command, cwd, expect=0, ranks=1, **env):
+    """Run a command of the project, `train.py --epochs 1` say, and give back its result with stdout and
+    stderr. It runs in a fork, or in several `ranks`. Only torchrun, -c and what asks for PYTHONPATH starts
+    Python anew."""
+    line = words(command)
+    if line[0] == 'torchrun' or line[0].startswith('-') or 'PYTHONPATH' in env:
+        if line[0] == 'torchrun':
+            line[:1] = ['-m', 'torch.distributed.run', '--standalone']
+            env = {'CUDA_VISIBLE_DEVICES': '', **env}  # a machine may have fewer GPUs than processes here
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}  # so that tests beside each other keep their pace
+        line = [sys.executable, *line]
+        result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=env, timeout=400)
+    else:
+        forked = Forked(line, cwd, ranks, **env)
+        status = forked.wait()
+        result = subprocess.CompletedProcess(line, status, forked.out.read_text(), forked.err.read_text())
     assert result.returncode == expect, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
