@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = '\n'.join(path.read_text() for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))])
+SMALL = '--demo --video-list few.txt --width 8 --size 28 --clip-len 4 --frame-interval 2'  # a quick run
 SCRIPTS = ('train.py', 'evaluate.py', 'flops.py', 'prepare.py')
 sys.path.insert(0, str(ROOT))
 
@@ -82,8 +83,12 @@ for line in sys.stdin:
     os.environ.update(env)
     for descriptor, path in enumerate([os.devnull, *files]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
-    runpy.run_path(arguments[0], run_name='__main__')
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+    if arguments[0] == '-c':
+        exec(arguments.pop(1), {{'__name__': '__main__'}})
+    else:
+        runpy.run_path(arguments[0], run_name='__main__')
     break
 """
 
@@ -106,12 +111,14 @@ class Forked:
         own = Path(tempfile.mkdtemp(dir=folder.name))
         self.out, self.err, self.pids = own / 'out', own / 'err', []
         self.ends = [own / str(rank) for rank in range(ranks)]
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}  # so that tests beside each other keep their pace
+        if 'torchrun' in command or ranks > 1:  # a machine may have fewer GPUs
+            env['CUDA_VISIBLE_DEVICES'] = ''
         if ranks > 1:  # what torchrun sets
             with socket.socket() as free:
                 free.bind(('127.0.0.1', 0))
                 env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
-            env |= {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks), 'CUDA_VISIBLE_DEVICES': ''}
+            env |= {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks)}
         for rank, end in enumerate(self.ends):
             if ranks > 1:
                 env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
@@ -142,20 +149,19 @@ class Forked:
 
 
 def words(command):
-    line = command if isinstance(command, list) else command.split()
+    line = [*command] if isinstance(command, list) else command.split()
+    if line[0] == 'torchrun':
+        port = [] if '--nnodes=2' in line else ['--standalone']  # which takes one of its own
+        line[:1] = [f'{os.path.dirname(sys.executable)}/torchrun', *port]
     return [str(ROOT / part) if part in SCRIPTS else part for part in line]
 
 
 def run(command, cwd, expect=0, ranks=1, **env):
     """Run a command of the project, `train.py --epochs 1` say, and give back its result with stdout and
-    stderr. It runs in a fork, or in several `ranks`. Only torchrun, -c and what asks for PYTHONPATH starts
-    Python anew."""
+    stderr. Only what torchrun starts, and all with PYTHONPATH, is a new Python."""
     line = words(command)
-    if line[0] == 'torchrun' or line[0].startswith('-') or 'PYTHONPATH' in env:
-        if line[0] == 'torchrun':
-            line[:1] = ['-m', 'torch.distributed.run', '--standalone']
-            env = {'CUDA_VISIBLE_DEVICES': '', **env}  # a machine may have fewer GPUs than processes here
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}  # so that tests beside each other keep their pace
+    if 'PYTHONPATH' in env:
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
         line = [sys.executable, *line]
         result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=env, timeout=400)
     else:
@@ -189,4 +195,6 @@ def demo(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp('demo run')
     prepare.make_demo(folder / 'data/demo', train_videos=4, val_videos=2, train_images=10, val_images=3)
+    lines = (folder / 'data/demo/video_train.txt').read_text().splitlines()
+    (folder / 'few.txt').write_text('\n'.join(lines[:16]))
     return folder
