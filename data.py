@@ -8,9 +8,11 @@ seeded by its purpose, so a sample looks the same whichever worker makes it, bef
 """
 
 import argparse
+import difflib
 import hashlib
 import math
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
@@ -455,3 +457,19 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
         raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}' + f', below {high}' * (high < math.inf))
 
     return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses a command line. The help is the program's docstring as it is written. A mistake gets one line,
+    with the flag that a misspelt one is likely to mean."""
+
+    def __init__(self, doc: str, **options):
+        description, _, epilog = doc.partition('\n\n')
+        layout = {'formatter_class': argparse.RawDescriptionHelpFormatter}
+        super().__init__(description=description, epilog=epilog, **layout, **options)
+
+    def error(self, message: str) -> NoReturn:
+        misspelt = re.match('unrecognized arguments: (--[^ =]+)', message)
+        meant = difflib.get_close_matches(misspelt[1], self._option_string_actions, 1) if misspelt else ()
+        hint = f'; did you mean {meant[0]}?' if meant else ''
+        self.exit(2, f'{self.prog}: {message}{hint} (--help lists all flags)\n')

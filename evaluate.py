@@ -237,11 +237,7 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n')[0],
-        epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = data.Parser(__doc__)
     add = parser.add_argument
     add('files', nargs='*', metavar='FILE', help='videos, images or folders to classify; no set is measured')
     add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')

@@ -2,7 +2,7 @@
 
     python flops.py                     the published accounting, then the joint model's own at 224 pixels
     python flops.py --size 112 --clip-len 16
-    python flops.py --plan --cores 128  what the published recipe takes, from measured rates
+    python flops.py --plan --cores 128  what a run takes, the recipe or your own, from measured rates
 
 The published 54.75G FLOPs are the multiply-accumulates of the convolutions, plus 2 per element for every
 BatchNorm, of one test view of 8x256x256. The published 32.45M parameters have a single linear layer
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import number
+from data import Parser, number
 from model import OmniSlowOnly
 
 
@@ -55,16 +55,21 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
+def plan(args: argparse.Namespace, clip: tuple[int, int], image: tuple[int, int]) -> None:
     """Print what a run of the recipe takes, with CPUs decoding what GPUs learn from."""
     epochs, steps, images_per_gpu = args.epochs, max(args.videos // (16 * args.gpus), 1), 85
     clips, pictures = (epochs * steps * args.gpus * count for count in (16, images_per_gpu))
-    work = 3 * 2 * (clips * clip_macs + pictures * image_macs)  # the backward pass costs two forward passes
+    work = 3 * 2 * (clips * clip[0] + pictures * image[0])  # the backward pass costs two forward passes
+    norms = 16 * clip[1] + images_per_gpu * image[1]  # activations, and so memory, grow with them
     gpu_hours = epochs * steps * args.step_ms / 3.6e6
     print(f'{epochs} epochs of {steps:,} steps on {args.gpus} GPUs')
     print(f'  a step     16 clips and {images_per_gpu} images on each GPU')
-    print(f'  computed   {work / 1e18:,.0f} EFLOP (2 per multiply-accumulate, forward and backward)')
-    print(f'  decoded    {clips / 1e6:,.1f}M clips of 8 frames, {pictures / 1e6:,.0f}M images')
+    print(
+        f'  memory     {3.8e-9 * norms:.1f} GB of a GPU in fp32, {2e-9 * norms:.1f} GB in bf16 (from an H200)'
+    )
+    print(f'  images     each is seen {pictures / args.images:,.1f} times')
+    print(f'  computed   {work / 1e18:,.3g} EFLOP (2 per multiply-accumulate, forward and backward)')
+    print(f'  decoded    {clips / 1e6:,.1f}M clips of {args.clip_len} frames, {pictures / 1e6:,.0f}M images')
     print(f'  GPUs       {gpu_hours:,.1f} hours at {args.step_ms:g} ms a step')
     print(f'\n  {"the files":26}{"as they are":>16}{"after encode":>16}')
 
@@ -81,20 +86,20 @@ def plan(args: argparse.Namespace, clip_macs: int, image_macs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n')[0],
-        epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
     add, whole, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
     add('--size', type=whole, default=224, help='side of the crop (default: %(default)s)')
     add('--clip-len', type=whole, default=8, help='frames of a clip (default: %(default)s)')
-    add('--plan', action='store_true', help='what the published recipe takes, from these rates:')
+    add('--width', type=whole, default=64, help='channels of the stem (default: %(default)s)')
+    blocks = 'blocks per stage (default: 3 4 6 3, a ResNet-50)'
+    add('--layers', type=whole, nargs=4, default=(3, 4, 6, 3), metavar='N', help=blocks)
+    add('--plan', action='store_true', help='what training takes, from these rates:')
     add('--videos', type=whole, default=240_435, help='training videos (default: those of Kinetics-400)')
+    add('--images', type=whole, default=1_281_167, help='training images (default: those of ImageNet)')
     add('--epochs', type=whole, default=256, help='passes over the videos (default: %(default)s)')
     add('--gpus', type=whole, default=8, help='GPUs (default: %(default)s)')
     add('--cores', type=whole, default=96, help='CPU cores for decoding (default: %(default)s)')
-    step = 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step` (default: %(default)s)'
+    step = 'a step of 16 clips and 85 images on one GPU: `tests/bench.py step` (default: 53, an H200 in bf16)'
     add('--step-ms', type=above_0, default=53, help=step)
     for flag, default, unit in (
         ('--clip-ms', (42, 8.4), 'CPU time from a video to a training clip: `tests/bench.py clip`'),
@@ -106,13 +111,13 @@ def main() -> None:
         add(flag, type=above_0, nargs=2, default=default, metavar=('BEFORE', 'AFTER'), help=text)
     args = parser.parse_args()
     with torch.device('meta'):
-        network = OmniSlowOnly()
+        network = OmniSlowOnly(layers=args.layers, width=args.width)
         sizes = (8, 256, 256), (args.clip_len, args.size, args.size), (args.size, args.size)
         test_view, clip, image = (torch.empty(1, 3, *size) for size in sizes)
-        plain = parameters(nn.Linear(2048, 400))
+        plain = parameters(nn.Linear(32 * args.width, 400))
 
     if args.plan:
-        plan(args, *(sum(macs for macs, _ in count(network, x).values()) for x in (clip, image)))
+        plan(args, *(tuple(map(sum, zip(*count(network, x).values()))) for x in (clip, image)))
         return
 
     counted = count(network, test_view)

@@ -398,14 +398,12 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        'prepare.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = data.Parser(__doc__, prog='prepare.py')
     commands = parser.add_subparsers(dest='command', required=True, help='one of these; --help has its flags')
 
     def command(function: Callable, name: str, files: str) -> Callable:
         usage, text = f'prepare.py {name} {files} [--FLAG ...]', function.__doc__.split('\n\n')[0]
-        return commands.add_parser(name, usage=usage, description=text).add_argument
+        return commands.add_parser(name, doc=text, usage=usage).add_argument
 
     count, default = data.number(int, 1, 2**20), ' (default: %(default)s)'
     add = command(make_demo, 'demo', 'DIR')

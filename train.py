@@ -71,11 +71,7 @@ def settings(parser: argparse.ArgumentParser, title: str) -> Callable:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n')[0],
-        epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = data.Parser(__doc__)
 
     count, above_0 = data.number(int, 1), data.number(float, 0, above=True)
     add = settings(parser, 'data')

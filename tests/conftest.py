@@ -182,7 +182,7 @@ def fails(demo, monkeypatch, capsys):
             main(arguments.split())
         assert exit.value.code == code
         lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1 or code == 2  # argparse prints the usage too
+        assert len(lines) == 1
         return lines[-1]
 
     return call

@@ -57,6 +57,15 @@ def test_plan_of_the_recipe(flops_py):
     assert re.search('busy +98 cores +24 cores', output) and re.search('16 cores +59 hours +14 hours', output)
 
 
+def test_plan_of_own_sets_and_a_smaller_network(flops_py):
+    """A stem of half the channels has half the activations, and the 18 GB of the recipe were measured."""
+    output = flops_py('--plan --videos 3200 --images 8500 --epochs 10 --gpus 2')
+    assert '10 epochs of 100 steps on 2 GPUs' in output and 'each is seen 20.0 times' in output
+    assert '18.0 GB of a GPU in fp32, 9.5 GB in bf16' in output
+    assert '9.0 GB of a GPU in fp32, 4.7 GB in bf16' in flops_py('--plan --width 32')
+    assert '0.57M parameters' in flops_py('--width 8 --layers 1 1 1 1').replace('model: 1', 'model: 1')
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [

@@ -4,30 +4,26 @@ broken TensorBoard, another operating system. The run says it in a line, and not
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, SMALL, Forked, run
+
+import data
 
 OPTIONS = (
-    '--demo --layers 1 1 1 1 --width 8 --size 28 --epochs 1 --videos-per-gpu 2 --images-per-gpu 2 '
-    '--log-interval 1 --no-validate --work-dir'
+    f'{SMALL} --epochs 1 --videos-per-gpu 2 --images-per-gpu 2 --log-interval 1 --no-validate --work-dir'
 )
-LAUNCH = {
-    1: [sys.executable],
-    2: [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node=2'.split()],
-}
 
 
 @pytest.fixture(scope='module', autouse=True)
 def no_gpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('CUDA_VISIBLE_DEVICES', '')
-        patch.setenv('OMP_NUM_THREADS', '1')
         yield
 
 
@@ -37,15 +33,10 @@ def trained(demo):
     return demo
 
 
-def command(processes, folder, options=''):
-    return [*LAUNCH[processes], str(ROOT / 'train.py'), *OPTIONS.split(), folder, *options.split()]
-
-
-def start(demo, processes, folder, options='--workers 1'):
-    """Start a run whose output goes to FOLDER.txt, in a process group of its own."""
-    with open(demo / f'{folder}.txt', 'w') as out:
-        line = command(processes, folder, options)
-        return subprocess.Popen(line, cwd=demo, stdout=out, stderr=out, start_new_session=True)
+def after(code, line):
+    """The command that runs a program's main after some code, as on a machine with that peculiarity."""
+    program, *arguments = line.split()
+    return ['-c', f'import os, signal, sys, train, evaluate\n{code}\n{program}.main()', *arguments]
 
 
 def wait_for(condition):
@@ -66,123 +57,129 @@ def saved_step(folder):
 
 # What a machine refuses -----------------------------------------------------------------------------------
 
-SHM = 'unshare -m sh -c \'mount -t tmpfs -o {} none /dev/shm && exec "$@"\' sh'
-LONG = f'mkdir -p /tmp/{"x" * 76}; TMPDIR=/tmp/{"x" * 76}'
+SHM = """
+import ctypes, subprocess
+assert not ctypes.CDLL(None).unshare(0x20000)  # of mounts
+subprocess.run('mount --make-rprivate /; mount -t tmpfs -o {} none /dev/shm', shell=True, check=True)
+"""
+LONG = f"""
+import tempfile
+tempfile.tempdir = '/tmp/{'x' * 76}'
+os.makedirs(tempfile.tempdir, exist_ok=True)
+"""
+FILES = 'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))'
 
 
 @pytest.mark.parametrize(
-    ('limit', 'program', 'expected'),
+    ('limit', 'program', 'ranks', 'expected'),
     [
-        (SHM.format('size=100k'), 'train.py', '--shm-size=8g'),
-        (SHM.format('size=100k'), 'torchrun', '--shm-size=8g'),
-        (SHM.format('size=1m'), 'evaluate.py', '--shm-size=8g'),
-        (SHM.format('ro'), 'train.py', '--shm-size=8g'),
-        (LONG, 'train.py', 'TMPDIR=/tmp'),
-        (LONG, 'evaluate.py', 'TMPDIR=/tmp'),
-        *[(f'ulimit -n {count};', 'train.py', 'ulimit -n') for count in (16, 20, 26)],
+        (SHM.format('size=100k'), 'train', 1, '--shm-size=8g'),
+        (SHM.format('size=100k'), 'train', 2, '--shm-size=8g'),
+        (SHM.format('size=1m'), 'evaluate', 1, '--shm-size=8g'),
+        (SHM.format('ro'), 'train', 1, '--shm-size=8g'),
+        (LONG, 'train', 1, 'TMPDIR=/tmp'),
+        (LONG, 'evaluate', 1, 'TMPDIR=/tmp'),
+        *[(FILES.format(count), 'train', 1, 'ulimit -n') for count in (16, 20, 26)],
     ],
 )
-def test_what_keeps_workers_from_handing_over_is_said_in_a_line(trained, limit, program, expected):
+def test_what_keeps_workers_from_handing_over_is_said_in_a_line(trained, limit, program, ranks, expected):
     if 'unshare' in limit and subprocess.run('unshare -m mount -t tmpfs none /mnt'.split()).returncode:
         pytest.skip('needs root')
-    line = command(1 + (program == 'torchrun'), f'refused{len(os.listdir(trained))}', '--workers 2')
-    if program == 'evaluate.py':
-        line = [sys.executable, str(ROOT / program), *'--ckpt trained/latest.pth --workers 2'.split()]
-    line = ['sh', '-c', f'{limit} "$@"', 'sh', *line]
-    result = subprocess.run(line, cwd=trained, capture_output=True, text=True, timeout=100)
-    lines = [line for line in result.stderr.splitlines() if line.startswith(('train.py:', 'evaluate.py:'))]
-    assert result.returncode == 1 and expected in lines[0] and 'dataloader.py' not in result.stderr
-    assert len(lines) == len(result.stderr.splitlines()) or program == 'torchrun'
+    line = f'train {OPTIONS} refused{len(os.listdir(trained))} --workers 2'
+    line = line if program == 'train' else 'evaluate --ckpt trained/latest.pth --workers 2'
+    lines = run(after(limit, line), trained, expect=1, ranks=ranks).stderr.splitlines()
+    own = [line for line in lines if line.startswith(f'{program}.py: ')]
+    assert expected in own[0] and (own == lines or ranks == 2) and 'dataloader.py' not in f'{lines}', lines
 
 
 @pytest.mark.parametrize('fault', ['raise KeyError("a bug")', 'return lambda: 0'])
 def test_a_bug_in_a_worker_shows_its_traceback(demo, fault):
     code = f'def collate(samples):\n    {fault}  # a bug\ntrain.data.collate = collate'
-    (demo / 'bug.py').write_text(
-        f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n{code}\ntrain.main()'
-    )
-    result = run(f'bug.py {OPTIONS} bug --workers 1', demo, expect=1)
+    result = run(after(code, f'train {OPTIONS} bug --workers 1'), demo, expect=1)
     assert 'Traceback' in result.stderr and ('collate' in result.stderr or 'a bug' in result.stderr)
 
 
-@pytest.mark.parametrize('name', ['SIGSEGV', 'SIGKILL'])
-def test_a_file_that_crashes_its_worker(demo, name):
+@pytest.mark.parametrize(('name', 'number'), [('SIGSEGV', 1), ('SIGKILL', 9)])
+def test_a_file_that_crashes_its_worker(demo, name, number):
     code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import data, train
-data.crop_box = lambda *_: os.kill(os.getpid(), signal.{name})
-train.main()
+calls, crop_box = [], train.data.crop_box
+def crashing(*arguments):
+    calls.append(arguments)
+    return crop_box(*arguments) if len(calls) < {number} else os.kill(os.getpid(), signal.{name})
+train.data.crop_box = crashing
 """
-    (demo / 'crash.py').write_text(code)
-    lines = run(f'crash.py {OPTIONS} crash --workers 2', demo, expect=1).stderr.splitlines()
-    assert len(lines) == 1 and '`prepare.py check`' in lines[0], lines
+    lines = run(after(code, f'train {OPTIONS} crash --workers 2'), demo, expect=1).stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith('train.py: a loader worker has died or hangs'), lines
+    assert '`prepare.py check`' in lines[0] and 'DataLoader worker' in lines[0]
 
 
 # Signals --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ('processes', 'workers', 'signum'),
+    ('ranks', 'workers', 'signum'),
     [(1, 0, signal.SIGTERM), (1, 1, signal.SIGHUP), (1, 1, signal.SIGINT), (2, 1, signal.SIGTERM)],
 )
-def test_a_stop_signal_ends_the_wait_for_a_disk_that_hangs(demo, processes, workers, signum):
-    folder, images = f'hangs{processes}{workers}{signum}', demo / 'data/demo/images_train'
-    names, hanging = sorted(path.name for path in images.iterdir())[:8], f'{folder}.jpg'
-    os.mkfifo(images / hanging)  # which nobody writes to: opening it waits forever
-    lines = [f'{name} {number % 4}' for number, name in enumerate([*names[:7], hanging])]
+def test_a_stop_signal_ends_the_wait_for_a_disk_that_hangs(demo, ranks, workers, signum):
+    folder, images = f'hangs{ranks}{workers}{signum}', demo / 'data/demo/images_train'
+    names = sorted(path.name for path in images.iterdir())[:8]
+    keys = data.JointSampler({'video': 16, 'image': 8}, {'video': 2, 'image': 2}, ranks).batch(1, 0)
+    hanging = next(index for source, _, index in keys if source == 'image')  # in the second step
+    names[hanging] = f'{folder}.jpg'
+    os.mkfifo(images / names[hanging])  # which nobody writes to: opening it waits forever
+    lines = [f'{name} {number % 4}' for number, name in enumerate(names)]
     (demo / f'{folder}.list').write_text('\n'.join(lines))
-    options = f'--workers {workers} --image-list {folder}.list --resume'
-    process, shown = start(demo, processes, folder, options), -1
-    wait_for((demo / folder / 'bad_samples.txt').exists)
-    while shown < steps(demo / folder):
-        shown = steps(demo / folder)
-        time.sleep(3)
-    os.killpg(process.pid, signum)
-    assert process.wait(timeout=60) == (128 + signum if processes == 1 else 1)
-    output = (demo / f'{folder}.txt').read_text()
+    line = f'train.py {OPTIONS} {folder} --workers {workers} --image-list {folder}.list --resume'
+    forked = Forked(line, demo, ranks)
+    wait_for(lambda: steps(demo / folder) == 1)
+    time.sleep(0.5)
+    forked.kill(signum)
+    assert forked.wait() == 128 + signum
+    output = forked.out.read_text() + forked.err.read_text()
     assert f'stopped by {signum.name} and saved' in output and 'dataloader.py' not in output
-    assert saved_step(demo / folder) == shown and not (demo / folder / 'bad_samples.txt').read_text()
-    os.replace(images / names[7], images / hanging)
-    run(command(processes, folder, options)[1:], demo)
-    os.replace(images / hanging, images / names[7])
+    assert saved_step(demo / folder) == 1 and not (demo / folder / 'bad_samples.txt').read_text()
+    (images / names[hanging]).unlink()
+    shutil.copy(images / names[hanging - 1], images / names[hanging])
+    run(line, demo, ranks=ranks)
+    (images / names[hanging]).unlink()
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize('processes', [1, 2])
-def test_a_signal_to_all_processes_at_once_saves(demo, processes, signum):
-    folder = f'all{processes}{signum}'
-    process = start(demo, processes, folder, '--workers 1 --epochs 99')
-    wait_for(lambda: steps(demo / folder) > 3)
-    os.killpg(process.pid, signum)  # torchrun sends it to its ranks once more
-    process.wait(timeout=60)
-    assert f'stopped by {signum.name} and saved' in (demo / f'{folder}.txt').read_text()
-    assert saved_step(demo / folder) == steps(demo / folder)
+def test_a_signal_to_a_launcher_and_its_ranks_saves(demo):
+    forked = Forked(f'torchrun --nproc_per_node=2 train.py {OPTIONS} all --workers 1 --epochs 99', demo)
+    wait_for(lambda: steps(demo / 'all') > 3)
+    forked.kill(signal.SIGTERM)  # torchrun sends it to its ranks once more
+    forked.wait()
+    assert 'stopped by SIGTERM and saved' in forked.out.read_text()
+    assert saved_step(demo / 'all') == steps(demo / 'all')
 
 
-def test_a_run_whose_terminal_is_closed_saves(demo):
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(demo)
-        os.execv(sys.executable, command(1, 'closed', '--epochs 99 --workers 1'))
-    wait_for(lambda: os.read(terminal, 10000) and steps(demo / 'closed') > 3)
-    os.close(terminal)  # a write fails now, and it gets SIGHUP
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
-    assert saved_step(demo / 'closed') == steps(demo / 'closed')
+@pytest.fixture
+def in_terminal(demo):
+    """A function that starts a run in a terminal, and closes that once the run is under way."""
+
+    def call(code, line):
+        terminal, inside = pty.openpty()
+        code += f'\nfor i in range(3): os.dup2(os.open({os.ttyname(inside)!r}, os.O_RDWR), i)'
+        code += '\nsys.stdout, sys.stderr = open(1, "w"), open(2, "w")'
+        forked, folder = Forked(after(code, line), demo), demo / line.split('--work-dir ')[1].split()[0]
+        wait_for(lambda: forked.poll() is None and os.read(terminal, 10000) and steps(folder) > 3)
+        os.close(inside)
+        os.close(terminal)
+        return forked.wait(), saved_step(folder), steps(folder)
+
+    return call
 
 
-def test_a_terminal_that_is_lost_without_a_signal_ends_nothing(demo):
+def test_a_run_whose_terminal_is_closed_saves(in_terminal):
+    """A write fails then, and it gets SIGHUP."""
+    status, saved, logged = in_terminal('', f'train {OPTIONS} closed --epochs 99 --workers 1')
+    assert status == 128 + signal.SIGHUP and saved == logged
+
+
+def test_a_terminal_that_is_lost_without_a_signal_ends_nothing(in_terminal):
     """As with nohup, or in a tmux that was killed."""
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(demo)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import runtime.guard as guard, train; '
-        code += 'guard.STOP_SIGNALS.clear(); train.main()'
-        os.execv(sys.executable, [sys.executable, '-c', code, *command(1, 'lost')[2:]])
-    wait_for(lambda: os.read(terminal, 10000) and steps(demo / 'lost') > 3)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and saved_step(demo / 'lost') == 16
+    code = 'signal.signal(signal.SIGHUP, signal.SIG_IGN)\ntrain.distributed.STOP_SIGNALS.clear()'
+    assert in_terminal(code, f'train {OPTIONS} lost') == (0, 8, 8)
 
 
 # What stands about on a machine ---------------------------------------------------------------------------
@@ -211,25 +208,26 @@ class SummaryWriter:
         ('raise AttributeError("no attribute bool8")', 'no attribute bool8'),
         (BOARD.format(left=20, error='OSError(28, "No space left on device")'), 'No space left on device'),
         (
-            BOARD.format(left=16 * 14, error='OSError(28, "No space left on device")'),
+            BOARD.format(left=8 * 14, error='OSError(28, "No space left on device")'),
             'No space left on device',
         ),
         ('raise ModuleNotFoundError(name="tensorboard")', None),
     ],
 )
 def test_a_tensorboard_that_fails_turns_itself_off(demo, tmp_path, code, line):
-    (tmp_path / 'sitecustomize.py').write_text(
-        f'import sys, types\nmodule = types.ModuleType("torch.utils.tensorboard")\n'
-        'class Finder:\n    def find_spec(self, name, path, target=None):\n'
-        '        if name == "torch.utils.tensorboard":\n            import importlib.util as u\n'
-        f'            return u.spec_from_file_location(name, {str(tmp_path / "board.py")!r})\n'
-        'sys.meta_path.insert(0, Finder())'
-    )
     (tmp_path / 'board.py').write_text(code)
-    result = run(f'train.py {OPTIONS} {tmp_path / "run"} --workers 0', demo, PYTHONPATH=str(tmp_path))
+    finder = f"""
+import importlib.util
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == 'torch.utils.tensorboard':
+            return importlib.util.spec_from_file_location(name, {str(tmp_path / 'board.py')!r})
+sys.meta_path.insert(0, Finder())
+"""
+    result = run(after(finder, f'train {OPTIONS} {tmp_path}/run --workers 0'), demo)
     shown = re.findall('no more TensorBoard events: (.*)', result.stdout)
     assert shown == [] if line is None else len(shown) == 1 and shown[0].startswith(line)
-    assert not result.stderr and steps(tmp_path / 'run') == 16
+    assert not result.stderr and steps(tmp_path / 'run') == 8
 
 
 @pytest.mark.parametrize(
@@ -279,13 +277,14 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def test_without_what_windows_and_macos_lack(demo, tmp_path):
+def test_without_what_windows_and_macos_lack(trained, tmp_path):
     (tmp_path / 'sitecustomize.py').write_text(WINDOWS)
-    env = {'PYTHONPATH': str(tmp_path)}
-    options = '--layers 1 1 1 1 --width 8 --size 28 --epochs 1 --workers 2'
-    result = run(f'train.py --demo {options}', tmp_path, **env)
-    assert not result.stderr and 'nan' not in result.stdout
-    result = run('evaluate.py --ckpt work_dirs/demo/latest.pth --workers 1 --clips 2', tmp_path, **env)
-    assert not result.stderr
-    run('prepare.py check data/demo/videos_val', tmp_path, **env)
-    run('flops.py --help', tmp_path, **env)
+    lines = {
+        'train': f'{OPTIONS} spawned --workers 2',
+        'evaluate': '--ckpt spawned/latest.pth --workers 1 --clips 1 --crops 1',
+        'prepare': 'check data/demo/videos_val',
+    }
+    code = 'import evaluate, flops, prepare, train\n'
+    code += '\n'.join(f'{program}.main({line.split()})' for program, line in lines.items())
+    result = run(['-c', code], trained, PYTHONPATH=f'{tmp_path}:{ROOT}')
+    assert not result.stderr and 'nan' not in result.stdout and '16 videos' in result.stdout

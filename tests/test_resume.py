@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -14,23 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, SMALL, Forked, run
 
 from runtime.distributed import processes
 from runtime.guard import Guard
 
 OPTIONS = (
-    '--demo --width 8 --epochs 3 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 --val-interval 2 '
+    f'{SMALL} --epochs 3 --videos-per-gpu 4 --images-per-gpu 5 --log-interval 1 --val-interval 2 '
     '--no-validate'
 )
-SAVE_EACH_STEP = '--save-minutes 0.0001'
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+SAVE_EACH_STEP = '--save-minutes 0.00001'
 
 # Runs train.py, but one process sends itself a signal when it calls a function for the N-th time, or raises
 # an exception if that is signal 0; once only.
-DIES = f"""
+DIES = """
 import importlib, os, pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
 import train
 name, number, rank, signum, marker, *arguments = sys.argv[1:]
 module, name = importlib.import_module(name.rpartition('.')[0]), name.rpartition('.')[2]
@@ -47,13 +44,26 @@ setattr(module, name, dying)
 train.main(arguments)
 """
 
+# Runs train.py, but waits a second after each step from the fourth on, so that it is met alive.
+LINGERS = """
+import time, train
+steps, train_step = [], train.train_step
+def lingering(*args):
+    steps.append(None)
+    time.sleep(len(steps) > 3)
+    return train_step(*args)
+train.train_step = lingering
+train.main()
+"""
+
 
 @pytest.fixture(scope='module', autouse=True)
-def no_gpu():
+def environment():
     """Bits are compared, and a machine may have fewer GPUs than processes here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('CUDA_VISIBLE_DEVICES', '')
-        patch.setenv('OMP_NUM_THREADS', '1')  # as `run` has it
+        patch.setenv('OMP_NUM_THREADS', '1')  # the number of threads decides how sums are rounded
+        patch.setenv('PYTHONPATH', str(ROOT))  # for what torchrun starts
         yield
 
 
@@ -83,32 +93,25 @@ def undisturbed(demo):
     """What a run with so many processes ends with."""
     ends = {}
 
-    def of(processes):
-        if processes not in ends:
-            folder = f'undisturbed{processes}'
-            run(f'{launch(processes)} {OPTIONS} --workers 1 --work-dir {folder}', demo)
-            ends[processes] = final(demo / folder)
-        return ends[processes]
+    def of(ranks):
+        if ranks not in ends:
+            folder = f'undisturbed{ranks}'
+            run(f'train.py {OPTIONS} --workers 1 --work-dir {folder}', demo, ranks=ranks)
+            ends[ranks] = final(demo / folder)
+        return ends[ranks]
 
     return of
 
 
-def launch(processes):
-    return 'train.py' if processes == 1 else f'torchrun --nproc_per_node={processes} train.py'
-
-
-def start(demo, processes, folder, after_lines, options=''):
-    """Start a run, and come back once its log has so many lines."""
-    line = [] if processes == 1 else [*TORCHRUN[1:], '--standalone', f'--nproc_per_node={processes}']
-    line = [sys.executable, *line, str(ROOT / 'train.py'), *OPTIONS.split(), *options.split()]
-    line += ['--work-dir', folder, '--resume']
-    with open(demo / f'{folder}.txt', 'w') as out:
-        process = subprocess.Popen(line, cwd=demo, stdout=out, stderr=out, start_new_session=True)
-    log = demo / folder / 'log.jsonl'
-    while not log.exists() or len(log.read_text().splitlines()) < after_lines:
-        assert process.poll() is None
+def start(demo, launcher, folder, options='', ranks=1):
+    """Start a run that lingers after its third step, and come back once it is there."""
+    (demo / 'lingers.py').write_text(LINGERS)
+    line = f'{launcher}lingers.py {OPTIONS} --workers 1 --work-dir {folder} --resume {options}'
+    forked, log = Forked(line, demo, ranks), demo / folder / 'log.jsonl'
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert forked.poll() is None
         time.sleep(0.02)
-    return process
+    return forked
 
 
 def processes_with(argument):
@@ -123,87 +126,72 @@ def processes_with(argument):
     return found
 
 
-def test_one_process_that_accumulates_learns_what_two_do(demo):
-    """The same samples and dropout, the same gradients but for the order of a sum; resumed, the same bits."""
-    options = '--videos-per-gpu 4 --images-per-gpu 5 --epochs 2 --no-validate'
-    run(f'torchrun --nproc_per_node=2 train.py {OPTIONS} {options} --workers 1 --work-dir pair', demo)
-    line = f'train.py {OPTIONS} {options} --accumulate 2 --workers 1'
-    assert '4 steps an epoch of 1 x 2 x 4 videos' in run(f'{line} --work-dir accumulated', demo).stdout
-    pair, accumulated = final(demo / 'pair'), final(demo / 'accumulated')
+def test_one_process_that_accumulates_learns_what_two_do(undisturbed, demo, dies):
+    """The same samples and dropout, the same gradients but for the order of a sum; resumed, the same bits.
+    There are as many batches to a step, however they are shared out, so the order of the samples stays."""
+    line = f'train.py {OPTIONS} --accumulate 2 --workers 1'
+    assert '2 steps an epoch of 1 x 2 x 4 videos' in run(f'{line} --work-dir accumulated', demo).stdout
+    pair, whole = undisturbed(2), final(demo / 'accumulated')
     for key, value in pair.items():
         if 'running' not in key and 'tracked' not in key:
-            torch.testing.assert_close(accumulated[key], value, rtol=1e-4, atol=1e-6)
-    records = [
-        [json.loads(line) for line in (demo / f'{name}/log.jsonl').read_text().splitlines()]
-        for name in ('pair', 'accumulated')
+            torch.testing.assert_close(whole[key], value, rtol=1e-4, atol=1e-6)
+    norms = [
+        [json.loads(line)['grad_norm'] for line in (demo / f'{name}/log.jsonl').read_text().splitlines()]
+        for name in ('undisturbed2', 'accumulated')
     ]
-    assert [r['grad_norm'] for r in records[0]] == pytest.approx(
-        [r['grad_norm'] for r in records[1]], rel=1e-3
-    )
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
-
-def test_accumulation_resumes_exactly_with_one_process_or_two(demo, dies):
-    """As many batches to a step, however they are shared out: the order of the samples stays."""
-    options = '--videos-per-gpu 4 --images-per-gpu 5 --epochs 2 --workers 1'
-    run(f'train.py {OPTIONS} {options} --accumulate 2 --work-dir whole', demo)
-    line = dies('train.train_step', 3, 'halved', signum=signal.SIGTERM)
-    run(f'{line} {options} --accumulate 2', demo, expect=128 + signal.SIGTERM)
+    stops = dies('train.train_step', 3, 'halved', signum=signal.SIGTERM)
+    run(f'{stops} --accumulate 2', demo, expect=128 + signal.SIGTERM)
     shutil.copytree(demo / 'halved', demo / 'shared')
-    run(f'train.py {OPTIONS} {options} --accumulate 2 --work-dir halved --resume', demo)
-    assert same(final(demo / 'halved'), final(demo / 'whole'))
-    run(f'torchrun --nproc_per_node=2 train.py {OPTIONS} {options} --work-dir shared --resume', demo)
-    whole, shared = final(demo / 'whole'), final(demo / 'shared')
+    run(f'{line} --work-dir halved --resume', demo)
+    assert same(final(demo / 'halved'), whole)
+    run(f'train.py {OPTIONS} --work-dir shared --resume', demo, ranks=2)
+    shared = final(demo / 'shared')
     for key in ('conv1.weight', 'layer4.0.conv2.weight', 'video_head.4.weight', 'momentum 0'):
         torch.testing.assert_close(shared[key], whole[key], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_everything_killed_at_once(undisturbed, demo, processes):
-    folder = f'killed{processes}'
-    process = start(demo, processes, folder, 3, f'--workers 2 {SAVE_EACH_STEP}')
-    for pid in processes_with(folder):
-        os.kill(pid, signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    output = run(f'{launch(processes)} {OPTIONS} --workers 0 --work-dir {folder} --resume', demo).stdout
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_everything_killed_at_once(undisturbed, demo, ranks):
+    folder = f'killed{ranks}'
+    forked = start(demo, '', folder, f'--workers 2 {SAVE_EACH_STEP}', ranks)
+    forked.kill()
+    assert forked.wait() == -signal.SIGKILL
+    output = run(f'train.py {OPTIONS} --workers 0 --work-dir {folder} --resume', demo, ranks=ranks).stdout
     assert f'resuming from {folder}/' in output
-    assert same(final(demo / folder), undisturbed(processes))
+    assert same(final(demo / folder), undisturbed(ranks))
 
 
 @pytest.mark.parametrize(
     ('function', 'number'),
     [
-        ('torch.nn.utils.clip_grad_norm_', 11),  # in a step
-        ('torch.save', 9),  # before a checkpoint is written
-        ('os.fsync', 15),  # written, but not renamed
+        ('torch.nn.utils.clip_grad_norm_', 6),  # in a step
+        ('torch.save', 5),  # before a checkpoint is written
+        ('os.fsync', 9),  # written, but not renamed
         ('os.replace', 2),  # epoch_2.pth is there, latest.pth not
-        ('evaluate.score_views', 1),  # in a validation
     ],
 )
 def test_killed_in_the_middle_of(undisturbed, demo, dies, function, number):
-    folder = f'killed in {function}'.replace(' ', '_')
+    folder = f'killed_in_{function}'
     line = dies(function, number, folder)
-    if function != 'os.replace':
-        line += f' {SAVE_EACH_STEP}'
-    if function == 'evaluate.score_views':
-        line = line.replace('--no-validate', '')
-    run(line, demo, expect=-signal.SIGKILL)
+    run(f'{line} {SAVE_EACH_STEP}' if function != 'os.replace' else line, demo, expect=-signal.SIGKILL)
     output = run(f'train.py {OPTIONS} --workers 2 --work-dir {folder} --resume', demo).stdout
     assert f'resuming from {folder}/' in output
     assert same(final(demo / folder), undisturbed(1))
     assert not list((demo / folder).glob('*.tmp'))
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo, dies, processes):
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo, dies, ranks):
     undisturbed(1)
-    options, folder = '--freeze --init undisturbed1/latest.pth', f'frozen{processes}'
-    line = f'{launch(processes)} {OPTIONS} {options} --workers 1 --work-dir whole_{folder}'
-    assert 'only the heads learn' in run(line, demo).stdout
-    torchrun = launch(processes).removesuffix('train.py')
-    line = f'{torchrun}{dies("torch.nn.utils.clip_grad_norm_", 11, folder)} {options} {SAVE_EACH_STEP}'
-    run(line, demo, expect=-signal.SIGKILL if processes == 1 else 1)
-    line = f'{launch(processes)} {OPTIONS} --workers 1 --work-dir {folder} --resume'
-    assert f'resuming from {folder}/' in run(f'{line} {options}', demo).stdout
+    options, folder = '--freeze --init undisturbed1/latest.pth', f'frozen{ranks}'
+    line = f'train.py {OPTIONS} {options} --workers 1 --work-dir whole_{folder}'
+    assert 'only the heads learn' in run(line, demo, ranks=ranks).stdout
+    line = f'{dies("torch.nn.utils.clip_grad_norm_", 5, folder)} {options} {SAVE_EACH_STEP}'
+    run(line, demo, expect=-signal.SIGKILL, ranks=ranks)
+    line = f'train.py {OPTIONS} --workers 1 --work-dir {folder} --resume'
+    assert f'resuming from {folder}/' in run(f'{line} {options}', demo, ranks=ranks).stdout
     whole, before = final(demo / f'whole_{folder}'), final(demo / 'undisturbed1')
     assert same(final(demo / folder), whole)
     weights = [key for key in before if 'momentum' not in key]
@@ -215,29 +203,35 @@ def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo
     assert momenta == [shape for shape in heads if shape]
     records = [json.loads(line) for line in (demo / folder / 'log.jsonl').read_text().splitlines()]
     assert all(record['frozen'] for record in records)
-    result = run(f'{line} --init undisturbed1/latest.pth', demo, expect=1)
+    result = run(f'{line} --init undisturbed1/latest.pth', demo, expect=1, ranks=ranks)
     assert f'{folder}/latest.pth: has --freeze True, now False' in result.stderr
 
 
-def test_torchrun_restarts_a_run_of_which_a_rank_dies(demo, dies):
-    """With three ranks, as the sums over two do not depend on their order."""
-    options = '--width 4 --videos-per-gpu 3 --images-per-gpu 4'
-    run(f'torchrun --nproc_per_node=3 train.py {OPTIONS} {options} --workers 1 --work-dir three', demo)
-    line = dies('torch.nn.utils.clip_grad_norm_', 4, 'healed', rank=1)
-    output = run(f'torchrun --nproc_per_node=3 --max-restarts=3 {line} {options} {SAVE_EACH_STEP}', demo)
-    assert 'resuming from healed/latest.pth' in output.stdout
-    assert same(final(demo / 'healed'), final(demo / 'three'))
+def test_three_ranks_resume_exactly(demo, dies):
+    """The sum over two does not depend on their order."""
+    options = '--epochs 2 --videos-per-gpu 2 --images-per-gpu 2'
+    run(f'train.py {OPTIONS} {options} --workers 0 --work-dir three', demo, ranks=3)
+    line = f'{dies("torch.nn.utils.clip_grad_norm_", 3, "dead", rank=1)} {options}'
+    run(f'{line} {SAVE_EACH_STEP}', demo, ranks=3, expect=-signal.SIGKILL)
+    assert 'resuming from dead/latest.pth' in run(line, demo, ranks=3).stdout
+    assert same(final(demo / 'dead'), final(demo / 'three'))
+
+
+def test_torchrun_restarts_a_run_of_which_a_rank_dies(undisturbed, demo, dies):
+    line = f'{dies("torch.nn.utils.clip_grad_norm_", 3, "healed", rank=1)} {SAVE_EACH_STEP}'
+    output = run(f'torchrun --nproc_per_node=2 --max-restarts=3 {line}', demo).stdout
+    assert 'resuming from healed/latest.pth' in output
+    assert same(final(demo / 'healed'), undisturbed(2))
 
 
 def test_ranks_that_lose_their_launcher_save_and_end(undisturbed, demo):
-    process = start(demo, 2, 'orphaned', 2, '--workers 1')
-    process.kill()
-    process.wait()
+    forked = start(demo, 'torchrun --nproc_per_node=2 ', 'orphaned')
+    os.kill(*forked.pids, signal.SIGKILL)
     end = time.monotonic() + 60
     while processes_with('orphaned'):
         assert time.monotonic() < end
         time.sleep(0.1)
-    output = run(f'{launch(2)} {OPTIONS} --workers 1 --work-dir orphaned --resume', demo).stdout
+    output = run(f'train.py {OPTIONS} --workers 1 --work-dir orphaned --resume', demo, ranks=2).stdout
     assert 'resuming from orphaned/latest.pth' in output
     assert same(final(demo / 'orphaned'), undisturbed(2))
 
@@ -246,39 +240,30 @@ def test_two_launchers_train_to_the_same_weights(undisturbed, demo):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         endpoint = f'127.0.0.1:{free.getsockname()[1]}'
-    line = [
-        *TORCHRUN,
-        '--nnodes=2',
-        '--nproc_per_node=1',
-        '--rdzv_backend=c10d',
-        f'--rdzv_endpoint={endpoint}',
-    ]
-    line += [str(ROOT / 'train.py'), *OPTIONS.split(), '--workers', '1', '--work-dir', 'two nodes']
-    # As one launcher of two processes sets it: the number of threads decides how sums are rounded.
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    quiet = {'cwd': demo, 'env': env, 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-    nodes = [subprocess.Popen(line, **quiet) for _ in range(2)]
-    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
-    assert same(final(demo / 'two nodes'), undisturbed(2))
+    line = f'torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint={endpoint} train.py'
+    nodes = [Forked(f'{line} {OPTIONS} --workers 1 --work-dir two_nodes', demo) for _ in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0]
+    assert same(final(demo / 'two_nodes'), undisturbed(2))
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, signum):
-    folder = f'stopped{signum.value}'
-    process = start(demo, 1, folder, 4, '--workers 1')
-    os.killpg(process.pid, signum)  # to the loader's workers too, as a terminal or a scheduler does
-    assert process.wait(timeout=60) == 128 + signum
-    output = (demo / f'{folder}.txt').read_text()
+@pytest.mark.parametrize(
+    ('ranks', 'signum'), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGHUP)]
+)
+def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, ranks, signum):
+    folder = f'stopped{ranks}{signum.value}'
+    forked = start(demo, '', folder, ranks=ranks)
+    forked.kill(signum)  # to the loader's workers too, as a terminal or a scheduler does
+    assert forked.wait() == 128 + signum
+    output = forked.out.read_text() + forked.err.read_text()
     assert f'{signum.name}: saving after this step' in output
     assert f'stopped by {signum.name} and saved' in output and 'Traceback' not in output
-    records = [json.loads(line) for line in (demo / folder / 'log.jsonl').read_text().splitlines()]
-    steps = [record for record in records if 'step' in record]
+    last = json.loads((demo / folder / 'log.jsonl').read_text().splitlines()[-1])
     saved = torch.load(demo / folder / 'latest.pth', weights_only=True)
-    assert (
-        saved['step'] == 8 * saved['epoch'] + steps[-1]['step'] and saved['epoch'] == steps[-1]['epoch'] - 1
-    )
-    run(f'{launch(1)} {OPTIONS} --workers 2 --work-dir {folder} --resume', demo)
-    assert same(final(demo / folder), undisturbed(1))
+    steps = 4 // ranks  # of an epoch
+    assert saved['step'] == steps * (last['epoch'] - 1) + last['step']
+    assert saved['epoch'] == saved['step'] // steps
+    run(f'train.py {OPTIONS} --workers 2 --work-dir {folder} --resume', demo, ranks=ranks)
+    assert same(final(demo / folder), undisturbed(ranks))
 
 
 def test_a_reader_that_has_gone_does_not_end_the_run(undisturbed, demo):
@@ -293,15 +278,11 @@ def test_a_reader_that_has_gone_does_not_end_the_run(undisturbed, demo):
 def test_another_number_of_processes_goes_on_with_what_is_left(demo, dies):
     line = dies('torch.nn.utils.clip_grad_norm_', 3, 'regrouped', signum=signal.SIGTERM)
     run(line, demo, expect=128 + signal.SIGTERM)
-    output = run(f'torchrun --nproc_per_node=2 train.py {OPTIONS} --work-dir regrouped --resume', demo).stdout
-    assert '8 steps an epoch -> 4: going on after step 1 of epoch 1' in output
+    output = run(f'train.py {OPTIONS} --work-dir regrouped --resume', demo, ranks=2).stdout
+    assert '4 steps an epoch -> 2: going on after step 1 of epoch 1' in output
     steps = [json.loads(line) for line in (demo / 'regrouped/log.jsonl').read_text().splitlines()]
     steps = [(record['epoch'], record['step']) for record in steps if 'step' in record]
-    assert steps == [
-        *((1, i) for i in (1, 2, 3)),
-        *((1, i) for i in (2, 3, 4)),
-        *((e, i) for e in (2, 3) for i in range(1, 5)),
-    ]
+    assert steps == [(1, 1), (1, 2), (1, 3), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
@@ -309,16 +290,11 @@ def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
     (demo / 'full').mkdir()
     shutil.copy(demo / 'undisturbed1/epoch_2.pth', demo / 'full')
     before = (demo / 'full/epoch_2.pth').read_bytes()
-    options = [*OPTIONS.split(), '--workers', '0']  # the limit would hold for the memory that they share too
-    result = subprocess.run(
-        [sys.executable, str(ROOT / 'train.py'), *options, '--work-dir', 'full', '--resume'],
-        cwd=demo,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    code = (
+        'import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); train.main()'
     )
-    assert result.returncode == 1
+    options = '--workers 0 --work-dir full --resume'  # the limit would hold for memory that workers share too
+    result = run(['-c', code, *OPTIONS.split(), *options.split()], demo, expect=1)
     line = result.stderr.strip()
     assert line.startswith('train.py: full/epoch_3.pth cannot be written (') and '\n' not in line
     assert 'the older checkpoints are intact' in line
@@ -327,12 +303,6 @@ def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
     assert (demo / 'full/epoch_2.pth').read_bytes() == before
     run(f'train.py {OPTIONS} --workers 1 --work-dir full --resume', demo)
     assert same(final(demo / 'full'), undisturbed(1))
-
-
-def test_a_killed_loader_worker_ends_the_run_with_a_line(demo, dies):
-    result = run(dies('data.crop_box', 30, 'worker'), demo, expect=1)
-    assert result.stderr.startswith('train.py: a loader worker has died or hangs')
-    assert 'DataLoader worker' in result.stderr and 'Traceback' not in result.stderr
 
 
 def test_the_signal_of_a_dead_worker_does_not_interrupt_the_line_about_it(capsys):
@@ -360,10 +330,8 @@ def test_a_second_run_keeps_out_of_the_folder(demo):
 
 
 def test_a_bug_on_one_rank_ends_all_with_its_traceback(demo, dies):
-    start = time.monotonic()
     line = dies('torch.nn.utils.clip_grad_norm_', 3, 'bug', rank=1, signum=0)
-    result = run(f'torchrun --nproc_per_node=2 {line}', demo, expect=1)
-    assert "KeyError: 'a bug'" in result.stderr and time.monotonic() - start < 60
+    assert "KeyError: 'a bug'" in run(f'torchrun --nproc_per_node=2 {line}', demo, expect=1).stderr
     assert not processes_with('bug')
 
 
@@ -371,12 +339,12 @@ def test_a_validation_that_does_not_end_loses_nothing(undisturbed, demo, dies):
     line = dies('evaluate.score_views', 1, 'invalid').replace('--no-validate', '')
     run(line, demo, expect=-signal.SIGKILL)
     saved = torch.load(demo / 'invalid/latest.pth', weights_only=True)
-    assert (saved['epoch'], saved['step']) == (1, 16)
+    assert (saved['epoch'], saved['step']) == (1, 8)
     run(f'train.py {OPTIONS} --workers 1 --work-dir invalid --resume'.replace('--no-validate', ''), demo)
     assert same(final(demo / 'invalid'), undisturbed(1))
     records = [json.loads(line) for line in (demo / 'invalid/log.jsonl').read_text().splitlines()]
     steps = [(record['epoch'], record['step']) for record in records if 'step' in record]
-    assert steps == [(epoch, step) for epoch in (1, 2, 3) for step in range(1, 9)]
+    assert steps == [(epoch, step) for epoch in (1, 2, 3) for step in range(1, 5)]
     assert [record['epoch'] for record in records if 'mode' in record] == [2, 3]
 
 
@@ -400,7 +368,7 @@ def test_the_demo_starts_anew_over_a_demo_only(undisturbed, demo):
     run(f'train.py {OPTIONS} --workers 1 --work-dir again --epochs 1', demo)
     assert {path.name for path in (demo / 'again').glob('*.pth')} == {'epoch_1.pth', 'latest.pth'}
     records = (demo / 'again/log.jsonl').read_text().splitlines()
-    assert len(records) == 8
+    assert len(records) == 4
     saved = torch.load(demo / 'again/latest.pth', weights_only=True)
     saved['settings']['demo'] = False
     torch.save(saved, demo / 'again/latest.pth')
@@ -445,11 +413,6 @@ def test_labels_that_change_their_meaning_are_refused_on_resume(demo):
     assert 'changed since the checkpoint: the list of training videos' in output
     result = run(f'{line} --resume --width 24', demo, expect=1)
     assert 'named/latest.pth: has --width 8, now 24; --work-dir takes another folder' in result.stderr
-
-
-def test_nothing_to_resume_starts_afresh(demo):
-    output = run(f'train.py {OPTIONS} --workers 1 --work-dir fresh --resume --epochs 1', demo).stdout
-    assert 'nothing to resume in fresh: starting afresh' in output
 
 
 def test_a_rank_that_has_lost_its_launcher_asks_to_stop(tmp_path, monkeypatch):
