@@ -123,7 +123,7 @@ def main() -> None:
     counted = count(network, test_view)
     convs, norms = (sum(pair[i] for part, pair in counted.items() if part != 'head') for i in (0, 1))
     backbone = parameters(network) - parameters(network.image_head) - parameters(network.video_head)
-    print('Published (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)')
+    print('As published (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)')
     print(f'  FLOPs       {(convs + norms) / 1e9:.2f}G   = convolutions {convs:,} + BatchNorm {norms:,}')
     print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}\n')
     print(f'The joint model: {parameters(network) / 1e6:.2f}M parameters = backbone {backbone:,}', end='')

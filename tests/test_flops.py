@@ -63,7 +63,7 @@ def test_plan_of_own_sets_and_a_smaller_network(flops_py):
     assert '10 epochs of 100 steps on 2 GPUs' in output and 'each is seen 20.0 times' in output
     assert '18.0 GB of a GPU in fp32, 9.5 GB in bf16' in output
     assert '9.0 GB of a GPU in fp32, 4.7 GB in bf16' in flops_py('--plan --width 32')
-    assert '0.57M parameters' in flops_py('--width 8 --layers 1 1 1 1').replace('model: 1', 'model: 1')
+    assert 'The joint model: 0.93M parameters' in flops_py('--width 8 --layers 1 1 1 1')
 
 
 @pytest.mark.parametrize(
