@@ -43,6 +43,8 @@ from runtime import checkpoint
 WAYS = ('videos only', 'images first', 'jointly', 'images first, then jointly')
 VIDEOS_PER_CLASS, IMAGES_PER_LOOK = (2, 4, 8), (8, 64, 512)
 SEEDS, TUNING_SEEDS = tuple(range(10)), (10, 11, 12)  # each has videos of its own
+FEWER_SEEDS = SEEDS[:5]  # where the number of images varies
+METRICS = 'top1', 'image_top1'
 RATES = (0.05, 0.1, 0.2, 0.4)
 HELD_OUT = 64  # of each class
 
@@ -58,7 +60,7 @@ class Job(NamedTuple):
     image_batch: int = 32
 
 
-STEPS, SMALL_BATCH = 600, 8  # the latter is tried as well
+STEPS, FEW_A_STEP = 600, 8  # images a step, which is tried as well
 
 LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
 PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
@@ -169,12 +171,9 @@ def learn(network: OmniSlowOnly, job: Job, sources: tuple[str, ...], lr: float, 
         sets['image'] = make_set('image', 'train', 0, job.images_per_look)
     for own in sets.values():
         own.seed = job.seed
-    batch_sizes = {'video': 32, 'image': job.image_batch}
-    sampler = data.JointSampler(
-        {source: len(own) for source, own in sets.items()},
-        {source: batch_sizes[source] for source in sets},
-        seed=job.seed,
-    )
+    sizes = {source: len(own) for source, own in sets.items()}
+    per_step = {source: job.image_batch if source == 'image' else 32 for source in sets}
+    sampler = data.JointSampler(sizes, per_step, seed=job.seed)
     samples = data.JointDataset(sets)
     optimizer, device = train.make_optimizer(network, lr, 0.9, 1e-4), torch.device('cpu')
     scaler = torch.amp.GradScaler('cpu', enabled=False)
@@ -240,16 +239,8 @@ def run(folder: Path, job: Job) -> dict:
 # All runs, the tables and the plot ------------------------------------------------------------------------
 
 Runs = dict[Job, dict[str, float]]
-VIDEOS, FIRST, JOINTLY, FIRST_THEN_JOINTLY = WAYS
-VIDEO_PAIRS = (
-    (JOINTLY, FIRST),
-    (JOINTLY, VIDEOS),
-    (FIRST, VIDEOS),
-    (FIRST_THEN_JOINTLY, FIRST),
-    (FIRST_THEN_JOINTLY, JOINTLY),
-)
-IMAGE_PAIRS = (JOINTLY, FIRST), (FIRST_THEN_JOINTLY, FIRST), (FIRST_THEN_JOINTLY, JOINTLY)
-BOTH = ('top1', 'image_top1')
+VIDEOS, FIRST, JOINTLY, BOTH = WAYS
+PAIRS_OF_WAYS = (JOINTLY, FIRST), (BOTH, FIRST), (BOTH, JOINTLY), (JOINTLY, VIDEOS), (FIRST, VIDEOS)
 
 
 def read(path: Path) -> Runs:
@@ -267,7 +258,7 @@ def claim(args: argparse.Namespace) -> None:
 
     def run_all(jobs: list[Job], title: str) -> None:
         """Train what is not recorded yet, as many at a time as there are cores."""
-        new = [job for job in dict.fromkeys(jobs) if job not in runs]
+        new = [job for job in jobs if job not in runs]
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context('spawn')) as pool:
             done = pool.map(functools.partial(run, folder), new)
             for job, measured in zip(new, tqdm(done, title, len(new), unit='run', disable=not new)):
@@ -275,20 +266,27 @@ def claim(args: argparse.Namespace) -> None:
                 with open(out, 'a') as file:
                     print(json.dumps(job._asdict() | measured), file=file)
 
-    tuning = itertools.product(settings(), RATES, TUNING_SEEDS)
+    settings = by_videos() + [job for job in by_images() if job.images_per_look > 8]
+    tuning = itertools.product(settings, RATES, TUNING_SEEDS)
     run_all([job._replace(lr=lr, seed=seed) for job, lr, seed in tuning], 'choosing learning rates')
     bench.table(*expected(runs))
-    run_all([job._replace(seed=seed) for job in compared(runs) for seed in SEEDS], 'comparing')
+    jobs = [chosen(runs, job)._replace(seed=seed) for job in by_videos() for seed in SEEDS]
+    jobs += [chosen(runs, job)._replace(seed=seed) for job in by_images() for seed in FEWER_SEEDS]
+    run_all(list(dict.fromkeys(jobs)), 'comparing')
     for title, header, rows in tables(runs):
         bench.table(title, header, rows)
     plot(runs, Path(args.plot))
 
 
-def settings() -> list[Job]:
-    """The ways with each number of videos and with each number of images."""
-    ways = [Job(way, count) for count in VIDEOS_PER_CLASS for way in WAYS]
-    ways += [Job(way, images_per_look=count) for count in IMAGES_PER_LOOK for way in WAYS[1:]]
-    return list(dict.fromkeys(ways))
+def by_videos() -> list[Job]:
+    """All ways with each number of videos."""
+    return [Job(way, count) for count in VIDEOS_PER_CLASS for way in WAYS]
+
+
+def by_images() -> list[Job]:
+    """The ways that have images with each number of images, and with fewer of them a step."""
+    jobs = [Job(way, images_per_look=count) for count in IMAGES_PER_LOOK for way in WAYS[1:]]
+    return jobs + [Job(way, image_batch=FEW_A_STEP) for way in WAYS[1:]]
 
 
 def results(runs: Runs, job: Job, metric: str = 'top1', seeds: tuple[int, ...] = SEEDS) -> np.ndarray:
@@ -296,47 +294,26 @@ def results(runs: Runs, job: Job, metric: str = 'top1', seeds: tuple[int, ...] =
     return 100 * np.array([runs[job._replace(seed=seed)][metric] for seed in seeds])
 
 
-def chosen(runs: Runs, job: Job, metrics: tuple[str, ...] = ('top1',)) -> Job:
-    """The job with the learning rate at which the seeds for choosing do best."""
-
-    def mean(lr: float) -> float:
-        return sum(results(runs, job._replace(lr=lr), metric, TUNING_SEEDS).mean() for metric in metrics)
-
-    return job._replace(lr=max(RATES, key=mean))
-
-
-def few_a_step(runs: Runs) -> list[Job]:
-    """The ways with small batches of images, at the rates of the large ones."""
-    return [chosen(runs, Job(way))._replace(image_batch=SMALL_BATCH) for way in WAYS[1:]]
-
-
-def compared(runs: Runs) -> list[Job]:
-    """What all seeds run."""
-    both = [chosen(runs, Job(way, count), BOTH) for count in VIDEOS_PER_CLASS for way in WAYS[1:]]
-    return [chosen(runs, job) for job in settings()] + both + few_a_step(runs)
+def chosen(runs: Runs, job: Job) -> Job:
+    """The job with the learning rate at which the seeds for choosing name most videos. It is the same for
+    small batches of images."""
+    asked = job._replace(image_batch=32)
+    means = {lr: results(runs, asked._replace(lr=lr), seeds=TUNING_SEEDS).mean() for lr in RATES}
+    return job._replace(lr=max(means, key=means.get))
 
 
 def expected(runs: Runs) -> tuple[str, list[str], list[list[str]]]:
-    """The rates, and the differences that ten seeds find with a power of 80 % (a paired t-test at 5 % finds
-    3.14 standard errors), from the spread of the seeds that choose rates."""
-    rows = []
-    for count, images in dict.fromkeys((job.videos_per_class, job.images_per_look) for job in settings()):
-        jobs = {job.way: chosen(runs, job) for job in settings() if job[1:3] == (count, images)}
-        rows.append([str(count), str(images), ' '.join(f'{job.lr:g}' for job in jobs.values())])
-        for metric, (a, b) in [
-            ('top1', VIDEO_PAIRS[0]),
-            ('top1', VIDEO_PAIRS[3]),
-            ('image_top1', IMAGE_PAIRS[0]),
-        ]:
-            apart = results(runs, jobs[a], metric, TUNING_SEEDS) - results(
-                runs, jobs[b], metric, TUNING_SEEDS
-            )
-            rows[-1].append(f'{3.14 * apart.std(ddof=1) / len(SEEDS) ** 0.5:.1f}')
-    names = [f'{a} - {b}' for a, b in (VIDEO_PAIRS[0], VIDEO_PAIRS[3])] + [
-        f'{" - ".join(IMAGE_PAIRS[0])}, images'
-    ]
-    header = ['videos per class', 'images per look', 'rates', *names]
-    return 'Rates, and the differences that can be detected', header, rows
+    """What is known before the comparison: the rates, and the differences that ten seeds find with a power of
+    80 %. A paired t-test at 5 % finds 3.14 standard errors; the spread is that of the seeds for choosing."""
+    header, rows = ['videos per class', *WAYS], []
+    for count in VIDEOS_PER_CLASS:
+        jobs = {way: chosen(runs, Job(way, count)) for way in WAYS}
+        rows.append([str(count), *(f'{job.lr:g}' for job in jobs.values())])
+        for (a, b), metric in itertools.product(PAIRS_OF_WAYS[:2], METRICS):
+            x, y = (results(runs, jobs[way], metric, TUNING_SEEDS) for way in (a, b))
+            rows[-1].append(f'{3.14 * (x - y).std(ddof=1) / len(SEEDS) ** 0.5:.1f}')
+    header += [f'{a} - {b}, {kind}' for a, b in PAIRS_OF_WAYS[:2] for kind in ('videos', 'images')]
+    return 'Learning rates, and the smallest differences that will be seen', header, rows
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -353,51 +330,43 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def tables(runs: Runs) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of what docs/comparison.md shows."""
 
-    def cell(job: Job, *metrics: str) -> str:
-        values = [results(runs, job, metric) for metric in metrics]
-        return ' / '.join(f'{own.mean():.1f} ± {own.std(ddof=1):.1f}' for own in values)
+    def cell(job: Job, metric: str, seeds: tuple[int, ...] = SEEDS) -> str:
+        values = results(runs, chosen(runs, job), metric, seeds)
+        return f'{values.mean():.1f} ± {values.std(ddof=1):.1f}'
 
-    def apart(a: Job, b: Job, metric: str, other: str = '') -> str:
-        differences = results(runs, a, metric) - results(runs, b, other or metric)
-        low, high = interval(differences)
-        return f'{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]'
+    def apart(a: Job, b: Job, metric: str, other: str = '', seeds: tuple[int, ...] = SEEDS) -> str:
+        x, y = (
+            results(runs, chosen(runs, a), metric, seeds),
+            results(runs, chosen(runs, b), other or metric, seeds),
+        )
+        low, high = interval(x - y)
+        return f'{(x - y).mean():+.1f} [{low:+.1f}, {high:+.1f}]'
 
-    def both(jobs: list[Job]) -> list[str]:
-        return [cell(job, *(BOTH if job.way != VIDEOS else BOTH[:1])) for job in jobs]
-
-    videos, images, video_pairs, image_pairs, by_both = [], [], [], [], []
+    videos, images, video_pairs, image_pairs, numbers = [], [], [], [], []
     for n in VIDEOS_PER_CLASS:
-        jobs = {way: chosen(runs, Job(way, n)) for way in WAYS}
-        first = jobs[FIRST]
-        before = [cell(first, 'image_before')]
+        jobs = {way: Job(way, n) for way in WAYS}
         videos.append([str(n), *(cell(job, 'top1') for job in jobs.values())])
-        images.append([str(n), *before, *(cell(jobs[way], 'image_top1') for way in WAYS[1:])])
-        video_pairs.append([str(n), *(apart(jobs[a], jobs[b], 'top1') for a, b in VIDEO_PAIRS)])
-        forgotten = apart(first, first, 'image_top1', 'image_before')
-        pairs = [apart(jobs[a], jobs[b], 'image_top1') for a, b in IMAGE_PAIRS]
-        image_pairs.append([str(n), forgotten, *pairs])
-        by_both.append([str(n), *both([chosen(runs, Job(way, n), BOTH) for way in WAYS[1:]])])
+        images.append(
+            [str(n), cell(jobs[FIRST], 'image_before'), *(cell(jobs[w], 'image_top1') for w in WAYS[1:])]
+        )
+        video_pairs.append([str(n), *(apart(jobs[a], jobs[b], 'top1') for a, b in PAIRS_OF_WAYS)])
+        image_pairs.append([str(n), apart(jobs[FIRST], jobs[FIRST], 'image_top1', 'image_before')])
+        image_pairs[-1] += [apart(jobs[a], jobs[b], 'image_top1') for a, b in PAIRS_OF_WAYS[:3]]
+    for first, jointly, both in zip(*[iter(by_images())] * 3):
+        name = f'{first.images_per_look}' + f', {FEW_A_STEP} a step' * (first.image_batch == FEW_A_STEP)
+        for kind, metric in zip(('videos', 'images'), METRICS):
+            row = [cell(job, metric, FEWER_SEEDS) for job in (first, jointly, both)]
+            rest = [apart(a, b, metric, seeds=FEWER_SEEDS) for a, b in ((jointly, first), (both, first))]
+            numbers.append([name, kind, *row, *rest])
 
-    numbers = []
-    groups = {
-        str(n): [chosen(runs, Job(way, images_per_look=n)) for way in WAYS[1:]] for n in IMAGES_PER_LOOK
-    }
-    groups[f'{IMAGES_PER_LOOK[0]}, {SMALL_BATCH} a step'] = few_a_step(runs)
-    for name, jobs in groups.items():
-        numbers.append([name, *both(jobs), *(apart(jobs[2], jobs[0], metric) for metric in BOTH)])
-
-    per, then_first = 'videos per class', ' - '.join(VIDEO_PAIRS[3])
+    per, pairs = 'videos per class', [' - '.join(pair) for pair in PAIRS_OF_WAYS]
+    of_images = [f'{FIRST}: end - before', *pairs[:3]]
     return [
-        (f'Top-1 on held-out videos, %, of {len(SEEDS)} seeds', [per, *WAYS], videos),
-        ('Top-1 on held-out images, %', [per, 'before the videos', *WAYS[1:]], images),
-        ('Paired differences, videos', [per, *map(' - '.join, VIDEO_PAIRS)], video_pairs),
-        ('The same, images', [per, f'{FIRST}: end - before', *map(' - '.join, IMAGE_PAIRS)], image_pairs),
-        (
-            'Videos / images, 4 videos per class',
-            ['images per look', *WAYS[1:], then_first, 'images'],
-            numbers,
-        ),
-        ('Videos / images, rates chosen by the mean of both', [per, *WAYS[1:]], by_both),
+        (f'Top-1 on held-out videos, %, {len(SEEDS)} seeds', [per, *WAYS], videos),
+        ('Top-1 on held-out images, %', [per, f'{FIRST}, before', *WAYS[1:]], images),
+        ('Paired differences of videos, 95 % interval', [per, *pairs], video_pairs),
+        ('Paired differences of images', [per, *of_images], image_pairs),
+        ('4 videos per class', ['images per look', 'top-1', *WAYS[1:], *pairs[:2]], numbers),
     ]
 
 
@@ -434,11 +403,7 @@ def plot(runs: Runs, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split('\n\n')[0],
-        epilog=__doc__.split('\n\n', 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = data.Parser(__doc__)
     runs, picture = bench.ROOT / 'tests/reference/claim.jsonl', bench.ROOT / 'docs/claim.svg'
     parser.add_argument('--out', default=str(runs), help='every run (default: %(default)s)')
     parser.add_argument('--plot', default=str(picture), help='(default: %(default)s)')
