@@ -406,3 +406,34 @@ def test_bad_input_gets_one_line(broken, fails, arguments, message):
 def test_a_closed_output_is_no_mistake(evaluated, monkeypatch):
     monkeypatch.setattr(sys, 'stdout', None)  # as the shell's `>&-` does
     evaluated('data/demo/images_val/dots_000.jpg')
+
+
+def recipe(name):
+    return DOCS.split(f'<!-- {name} -->\n```python\n')[1].split('```')[0]
+
+
+def test_the_probe_tells_what_is_told_apart_by_direction(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, count in (('train', 60), ('val', 30)):
+        labels = np.arange(count) % 3
+        features = (np.eye(8)[labels] + 0.1 * rng.normal(size=(count, 8))).astype(np.float32)
+        truth = labels if name == 'train' else np.where(labels == 2, 0, labels)  # a third will be wrong
+        np.savez(f'{name}.npz', features=features, labels=truth)
+    exec(recipe('probe'), {})
+    assert capsys.readouterr().out.split('\n')[:2] == [
+        'nearest neighbour tensor(0.6667)',
+        'logistic regression tensor(0.6667)',
+    ]
+
+
+def test_grad_cam_lights_up_what_speaks_for_a_class(demo, tmp_path, monkeypatch):
+    """As it stands, with an untrained network."""
+    (tmp_path / 'data').symlink_to(demo / 'data')
+    (tmp_path / 'work_dirs/demo').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    network = OmniSlowOnly(8, 4, **SMALL)
+    torch.save({'model': network.state_dict()}, 'work_dirs/demo/latest.pth')
+    exec(recipe('grad-cam'), {})
+    drawn = np.asarray(PIL.Image.open('cam.png'))
+    assert 0 < drawn.max() and drawn.std() > 1

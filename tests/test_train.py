@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import claim
 import numpy as np
@@ -382,7 +383,7 @@ def test_a_run_is_not_overwritten_unasked(demo, fails):
 def test_the_recipes_do_what_they_say():
     """Each piece of code, as it stands in the docs, with what surrounds it where it is to be put."""
     code = DOCS.split('<!-- recipes -->\n```python\n')[1].split('```')[0]
-    weights, features, jitter, smoothing, mixup, ema, plot = re.split(r'\n\n(?=# )', code.strip())
+    weights, features, jitter, smoothing, mixup, ema, balance, plot = re.split(r'\n\n(?=# )', code.strip())
     labels = {source: torch.tensor([0, 1, 2, 2, 1, 0]) for source in ('video', 'image')}
     logits = {source: torch.randn(6, 3) for source in labels}
     space = {'F': F, 'batch': labels, 'logits': logits, 'labels': labels, 'torch': torch}
@@ -415,6 +416,19 @@ def test_the_recipes_do_what_they_say():
     exec(jitter, {'torch': torch}, space)
     assert space['frames'].dtype == torch.uint8 and 120 <= space['frames'].unique().item() <= 255
     assert compile(plot, 'plot', 'exec')
+
+    files = data.FileList(np.arange(90).astype('S'), np.repeat([0, 1], [81, 9]))  # 9 and 3 of 12
+    source, sampler = mock.Mock(train=mock.Mock(files=files)), data.JointSampler({'video': 90}, {'video': 9})
+    source.name = 'video'
+    shares, drawing = balance.split('# and in')
+    exec(shares, {'np': np, 'sources': [source], 'sampler': sampler})
+    orders = []
+    for passes in (*range(50), 0):
+        space = {'self': sampler, 'source': 'video', 'passes': passes, 'generator': data.generator}
+        exec(f'#{drawing}', space)
+        orders.append(space['order'])
+    assert np.mean(files.labels[orders[:50]] == 0) == pytest.approx(0.75, abs=0.02)
+    assert (orders[0] == orders[50]).all() and (orders[0] != orders[1]).any()
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
