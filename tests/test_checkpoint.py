@@ -149,6 +149,7 @@ def official_file(tmp_path, monkeypatch, trained):
     return tmp_path / 'official.pth'
 
 
+@pytest.mark.quick
 def test_official_file_loads_without_mmengine(official_file, trained):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(official_file, weights_only=True)
@@ -240,6 +241,7 @@ def test_a_folder_names_its_newest_checkpoint(tmp_path):
         checkpoint.load(str(tmp_path))
 
 
+@pytest.mark.quick
 def test_damaged_checkpoints_are_named_and_skipped(tmp_path, trained, capsys):
     state = {'model': trained, 'optimizer': {}, 'settings': {}, 'step': 3, 'lists': {}}
     checkpoint.write(state, tmp_path, 'epoch_9.pth', 'epoch_10.pth', 'latest.pth')

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -286,5 +287,8 @@ def test_without_what_windows_and_macos_lack(trained, tmp_path):
     }
     code = 'import evaluate, flops, prepare, train\n'
     code += '\n'.join(f'{program}.main({line.split()})' for program, line in lines.items())
-    result = run(['-c', code], trained, PYTHONPATH=f'{tmp_path}:{ROOT}')
+    env = {**os.environ, 'PYTHONPATH': f'{tmp_path}:{ROOT}', 'OMP_NUM_THREADS': '1'}
+    line = [sys.executable, '-c', code]
+    result = subprocess.run(line, cwd=trained, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert not result.stderr and 'nan' not in result.stdout and '16 videos' in result.stdout
