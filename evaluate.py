@@ -255,7 +255,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
-    add('--workers', type=data.number(int, 0), help='loader processes; default: one per core, at most 16')
+    add(
+        '--workers',
+        type=data.number(int, 0),
+        help='loader processes; default: its share of the cores, up to 16',
+    )
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')

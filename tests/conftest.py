@@ -107,23 +107,27 @@ class Forked:
     write to the files `out` and `err`."""
 
     def __init__(self, command, cwd, ranks=1, **env):
+        line = [*command] if isinstance(command, list) else command.split()
+        line = [str(ROOT / part) if part in SCRIPTS else part for part in line]
         process, folder = server()
         own = Path(tempfile.mkdtemp(dir=folder.name))
         self.out, self.err, self.pids = own / 'out', own / 'err', []
         self.ends = [own / str(rank) for rank in range(ranks)]
         env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}  # so that tests beside each other keep their pace
-        if 'torchrun' in command or ranks > 1:  # a machine may have fewer GPUs
-            env['CUDA_VISIBLE_DEVICES'] = ''
+        if line[0] == 'torchrun':
+            port = [] if '--nnodes=2' in line else ['--standalone']  # which takes one of its own
+            line[:1] = [f'{os.path.dirname(sys.executable)}/torchrun', *port]
+            env = {'CUDA_VISIBLE_DEVICES': '', **env}  # a machine may have fewer GPUs than processes here
         if ranks > 1:  # what torchrun sets
             with socket.socket() as free:
                 free.bind(('127.0.0.1', 0))
                 env |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1])}
-            env |= {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks)}
+            env |= {'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(ranks), 'CUDA_VISIBLE_DEVICES': ''}
         for rank, end in enumerate(self.ends):
             if ranks > 1:
                 env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
-            job = [words(command), str(cwd), env, str(self.out), str(self.err), str(end)]
-            print(json.dumps(job), file=process.stdin, flush=True)
+            job = [line, cwd, env, self.out, self.err, end]
+            print(json.dumps(job, default=str), file=process.stdin, flush=True)
             self.pids.append(int(process.stdout.readline()))
 
     def poll(self):
@@ -148,27 +152,13 @@ class Forked:
         return self.poll()
 
 
-def words(command):
-    line = [*command] if isinstance(command, list) else command.split()
-    if line[0] == 'torchrun':
-        port = [] if '--nnodes=2' in line else ['--standalone']  # which takes one of its own
-        line[:1] = [f'{os.path.dirname(sys.executable)}/torchrun', *port]
-    return [str(ROOT / part) if part in SCRIPTS else part for part in line]
-
-
 def run(command, cwd, expect=0, ranks=1, **env):
     """Run a command of the project, `train.py --epochs 1` say, and give back its result with stdout and
-    stderr. Only what torchrun starts, and all with PYTHONPATH, is a new Python."""
-    line = words(command)
-    if 'PYTHONPATH' in env:
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
-        line = [sys.executable, *line]
-        result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=env, timeout=400)
-    else:
-        forked = Forked(line, cwd, ranks, **env)
-        status = forked.wait()
-        result = subprocess.CompletedProcess(line, status, forked.out.read_text(), forked.err.read_text())
-    assert result.returncode == expect, result.stdout[-3000:] + result.stderr[-3000:]
+    stderr. Only what torchrun starts is a new Python."""
+    forked = Forked(command, cwd, ranks, **env)
+    status = forked.wait()
+    result = subprocess.CompletedProcess(command, status, forked.out.read_text(), forked.err.read_text())
+    assert status == expect, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
 

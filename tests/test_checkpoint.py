@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, run, write_video
+from conftest import ROOT, Forked, run, write_video
 from torch import nn
 
 from model import OmniSlowOnly
@@ -149,6 +149,7 @@ def official_file(tmp_path, monkeypatch, trained):
     return tmp_path / 'official.pth'
 
 
+@pytest.mark.quick
 def test_official_file_loads_without_mmengine(official_file, trained):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(official_file, weights_only=True)
@@ -240,6 +241,7 @@ def test_a_folder_names_its_newest_checkpoint(tmp_path):
         checkpoint.load(str(tmp_path))
 
 
+@pytest.mark.quick
 def test_damaged_checkpoints_are_named_and_skipped(tmp_path, trained, capsys):
     state = {'model': trained, 'optimizer': {}, 'settings': {}, 'step': 3, 'lists': {}}
     checkpoint.write(state, tmp_path, 'epoch_9.pth', 'epoch_10.pth', 'latest.pth')
@@ -536,11 +538,10 @@ def test_processes_fetch_one_after_the_other(server, tmp_path, trained):
     (tmp_path / 'home/hub/checkpoints').mkdir(parents=True)
     name = hashlib.sha256(f'{server.address}/best.pth'.encode()).hexdigest()[:8] + '_best.pth'
     code = f'from runtime import checkpoint; checkpoint.load({f"{server.address}/best.pth"!r})'
-    line = [sys.executable, '-c', code]
-    processes = [subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(server.asked) == 1 and sum('100%' in error for error in errors) == 1  # the progress bar
+    forks = [Forked(['-c', code], ROOT) for _ in range(3)]
+    assert [fork.wait() for fork in forks] == [0, 0, 0]
+    bars = ['100%' in fork.err.read_text() for fork in forks]  # the progress bar
+    assert len(server.asked) == 1 and sum(bars) == 1
     assert [path.name for path in (tmp_path / 'home/hub/checkpoints').iterdir()] == [name]
 
 
@@ -562,7 +563,7 @@ def test_torchvision_s_weights_have_names(tmp_path, monkeypatch, resnet):
         line = f'{name}: no such file, and torchvision has no weights of this name'
         assert fault(checkpoint.load, name) == line
     code = 'import sys; from runtime import checkpoint; assert "torchvision" not in sys.modules'
-    run(['-c', code], ROOT)
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_what_a_run_goes_on_from(tmp_path, trained, monkeypatch):

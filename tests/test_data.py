@@ -23,6 +23,7 @@ from runtime import sources
 REFERENCE = Path(__file__).parent / 'reference'
 
 
+@pytest.mark.quick
 def test_frame_sampling_equals_the_reference():
     expected = json.loads((REFERENCE / 'frame_indices.json').read_text())
     for length, clips in expected['val_1_clip'].items():
@@ -441,6 +442,7 @@ def test_joint_sampler_needs_one_full_step():
         data.JointSampler({'video': 6}, {'video': 4}, 2)
 
 
+@pytest.mark.quick
 def test_workers_are_loaded_evenly_and_change_nothing(demo):
     videos = sources.read_list(
         str(demo / 'data/demo/video_train.txt'), str(demo / 'data/demo/videos_train'), videos=True

@@ -57,6 +57,7 @@ def test_an_unreadable_sample_is_wrong_by_every_metric():
     assert evaluate.accuracy(scores, np.array([0, 0, 2]))['mean1'] == pytest.approx((0.5 + 1) / 2)
 
 
+@pytest.mark.quick
 def test_metrics_by_hand():
     scores = np.eye(6)[[0, 1, 2, 2]]
     result = evaluate.accuracy(scores, np.array([0, 1, 2, 1]))
@@ -149,6 +150,7 @@ def test_dump(demo, checkpoint):
     assert f'top-1 {top1:.2%}' in result.stdout
 
 
+@pytest.mark.quick
 def test_images(demo, evaluated):
     output = evaluated('--images --show wrong.png').out
     assert '12 images of 4 classes, centre crop' in output and '\ntop-1 ' in output and 'top-5' not in output

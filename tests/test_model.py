@@ -66,6 +66,7 @@ def test_eval_logits_equal_the_reference(network, step):
         assert relative(network(batch('clip96', (1, 3, 4, 96, 80))), step['eval_clip96_logits']) < 1e-9
 
 
+@pytest.mark.quick
 def test_one_joint_training_step_equals_the_reference(network, step):
     for module in network.modules():
         if isinstance(module, nn.Dropout):
@@ -131,6 +132,7 @@ def test_joint_calls_equal_two_calls():
     assert torch.equal(named['video'], video_logits) and torch.equal(named['image'], image_logits)
 
 
+@pytest.mark.quick
 def test_temporal_convolution_is_a_conv3d():
     ours, theirs = (
         models.TemporalConv(6, 4).double(),

@@ -157,6 +157,7 @@ def test_check_reads_a_list_as_training_does(folder, capsys, names, bad, kind):
     assert sum((dataset(files, 'val')[i].bad for i in range(len(files))), []) == lines
 
 
+@pytest.mark.quick
 def test_check_takes_one_file(folder):
     write_video('clip.mp4')
     write_frames('a.gif', 3)

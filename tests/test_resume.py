@@ -166,7 +166,7 @@ def test_everything_killed_at_once(undisturbed, demo, ranks):
 @pytest.mark.parametrize(
     ('function', 'number'),
     [
-        ('torch.nn.utils.clip_grad_norm_', 6),  # in a step
+        pytest.param('torch.nn.utils.clip_grad_norm_', 6, marks=pytest.mark.quick),  # in a step
         ('torch.save', 5),  # before a checkpoint is written
         ('os.fsync', 9),  # written, but not renamed
         ('os.replace', 2),  # epoch_2.pth is there, latest.pth not

@@ -200,6 +200,7 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, capsys, monkeypatch):
     ]
 
 
+@pytest.mark.quick
 def test_names_are_the_same_however_they_are_spelled(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, 'läuft') for form in ('NFC', 'NFD'))
     folder = tree(tmp_path / 'in', f'{decomposed}/1.mp4', 'lz/1.mp4')

@@ -25,6 +25,7 @@ REFERENCE = Path(__file__).parent / 'reference'
 QUICK = f'{SMALL} --workers 1 --videos-per-gpu 8 --images-per-gpu 8'
 
 
+@pytest.mark.quick
 def test_learning_rate_equals_the_reference():
     expected = json.loads((REFERENCE / 'lr.json').read_text())
     recipe, small = expected['recipe'], expected['small']
@@ -55,6 +56,7 @@ def trained(demo):
     return demo, run(f'{line} --epochs 5 --log-interval 2', demo).stdout
 
 
+@pytest.mark.quick
 def test_demo_trains_validates_and_tests(trained):
     folder, output = trained
     assert 'reusing the set' in output
@@ -74,6 +76,7 @@ def test_demo_trains_validates_and_tests(trained):
     assert '12 images' in run('evaluate.py --ckpt work_dirs/demo/best.pth --images', folder).stdout
 
 
+@pytest.mark.quick
 def test_work_folder(trained):
     folder = trained[0] / 'work_dirs/demo'
     assert {p.name for p in folder.glob('*.pth')} == {'epoch_4.pth', 'epoch_5.pth', 'best.pth', 'latest.pth'}

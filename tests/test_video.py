@@ -207,6 +207,7 @@ def test_frames_of_real_files(name):
             np.testing.assert_array_equal(video.get_batch(indices), [expected[index] for index in indices])
 
 
+@pytest.mark.quick
 def test_decode_gives_every_frame_to_whoever_encodes_them(tmp_path):
     path = write_video(tmp_path / 'a.mp4', num_frames=40, options={'g': '10', 'bf': '2'})
     expected = decode_all(path)
@@ -664,6 +665,7 @@ def test_a_capture_that_begins_between_key_frames(tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_asking_for_frames_that_are_not_there(tmp_path):
     with VideoReader(write_video(tmp_path / 'a.mp4', num_frames=5)) as video:
         for indices in ([5], [-1], []):
