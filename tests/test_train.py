@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from unittest import mock
 
-import claim
 import numpy as np
 import pytest
 import torch
@@ -507,36 +506,6 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     ).stdout
     assert "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr" in output
     assert 'an epoch sees 85 images, 2.12 times the set' in output
-
-
-def test_the_readme_s_comparison_follows_from_its_runs():
-    """The tables of `claim.py`, and a row of the first two calculated without it."""
-    records = [json.loads(line) for line in (REFERENCE / 'claim.jsonl').read_text().splitlines()]
-    for title, _, rows in claim.tables(records):
-        for row in rows:
-            assert f'| {" | ".join(row)} |' in DOCS, title
-    for metric in ('looks', 'top1'):
-        cells, means = [], {}
-        for arm in ('videos', 'images first', 'joint'):
-            runs = [r for r in records if (r['arm'], r['videos_per_class']) == (arm, 2)]
-            own = {r['seed']: 100 * r[metric] for r in runs}
-            values = np.array([own[seed] for seed in range(10)])
-            cells.append(f'{values.mean():.1f} ± {values.std(ddof=1):.1f}')
-            means[arm] = values.mean()
-        assert f'| 2 | {" | ".join(cells)} |' in DOCS
-    assert f'| 2 | {means["joint"] - means["images first"]:+.1f} [' in DOCS
-
-
-def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
-    """Two steps in each way, twice; and each look is in as many classes as any other, so that a frame shows
-    which four they may be."""
-    assert sorted(look for pair in claim.PAIRS for look in pair) == sorted(4 * list(range(8)))
-    assert len({frozenset(pair) for pair in claim.PAIRS}) == 16
-    monkeypatch.setattr(claim, 'STEPS', 2)
-    monkeypatch.setattr(claim, 'HELD_OUT', 1)
-    for arm, share in (('videos', 1), ('images first', 1), ('joint', 1), ('joint', 2)):
-        first, again = (claim.run(tmp_path, arm, 2, 0, 0.1, share, 2) for _ in range(2))
-        assert first | {'seconds': 0} == again | {'seconds': 0} and 0 <= first['top1'] <= first['looks'] <= 1
 
 
 def test_the_readme_s_step_is_the_program_s():

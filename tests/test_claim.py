@@ -1,0 +1,61 @@
+"""The comparison: its figures in the docs, and its runs."""
+
+import json
+from pathlib import Path
+
+import claim
+import numpy as np
+import pytest
+from conftest import DOCS
+
+RECORDS = Path(__file__).parent / 'reference/claim.jsonl'
+
+
+def test_the_docs_show_what_was_recorded():
+    runs = claim.read(RECORDS)
+    for title, header, rows in claim.tables(runs):
+        for row in [header, *rows]:
+            assert f'| {" | ".join(row)} |' in DOCS, title
+
+
+def test_a_row_of_the_tables_calculated_without_them():
+    """With 4 videos per class: the rates that seeds 10 to 12 choose, and what the other ten show."""
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    records = [
+        r for r in records if (r['videos_per_class'], r['images_per_look'], r['image_batch']) == (4, 8, 32)
+    ]
+    cells, of = {'top1': [], 'image_top1': []}, {}
+    for way in ('videos only', 'images first', 'jointly', 'images first, then jointly'):
+        own = [r for r in records if r['way'] == way]
+        rates = {r['lr']: [q['top1'] for q in own if q['lr'] == r['lr'] and q['seed'] > 9] for r in own}
+        rate = max((lr for lr in rates if len(rates[lr]) == 3), key=lambda lr: sum(rates[lr]))
+        for metric in cells if way != 'videos only' else ['top1']:
+            found = {r['seed']: 100 * r[metric] for r in own if r['lr'] == rate}
+            of[way, metric] = np.array([found[seed] for seed in range(10)])
+            cells[metric].append(f'{of[way, metric].mean():.1f} ± {of[way, metric].std(ddof=1):.1f}')
+    assert f'| 4 | {" | ".join(cells["top1"])} |' in DOCS
+    assert f' | {" | ".join(cells["image_top1"])} |' in DOCS
+    for metric in cells:
+        both, first = of['images first, then jointly', metric], of['images first', metric]
+        assert f' | {np.mean(both - first):+.1f} [' in DOCS
+
+
+def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
+    """Two steps in each way, twice; and each look is in as many classes as any other, so that a frame shows
+    which four they may be."""
+    assert sorted(look for pair in claim.PAIRS for look in pair) == sorted(4 * list(range(8)))
+    assert len({frozenset(pair) for pair in claim.PAIRS}) == 16
+    for setting, value in (('STEPS', 2), ('HELD_OUT', 1), ('EVEN_STEPS', 2)):
+        monkeypatch.setattr(claim, setting, value)
+    for way in claim.WAYS:
+        first, again = (claim.run(tmp_path, claim.Job(way, 2, lr=0.1, image_batch=8)) for _ in range(2))
+        assert first | {'seconds': 0} == again | {'seconds': 0} and 0 <= first['top1'] <= 1
+        assert ('image_top1' in first) == (way != 'videos only')
+        assert ('image_before' in first) == ('first' in way)
+
+
+def test_intervals_where_most_seeds_agree():
+    assert claim.interval(np.zeros(10)) == (0, 0)
+    low, high = claim.interval(np.array([0.0] * 8 + [1, 2]))
+    assert np.isfinite([low, high]).all() and low < 0.3 < high
+    assert claim.interval(np.arange(10.0)) == pytest.approx((2.1, 6.9), abs=0.3)
