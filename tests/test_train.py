@@ -203,6 +203,24 @@ def test_images_first_then_videos(demo):
     assert not torch.isclose(started['layer3.0.bn2.running_var'], given).any()  # of the videos alone
 
 
+def test_images_first_then_jointly(demo, tmp_path):
+    """The README's two lines, each twice; the second goes on from all that images have taught."""
+    for name in ('data', 'few.txt'):
+        (tmp_path / name).symlink_to(demo / name)
+    lines = DOCS.split('<!-- images first -->\n```\n')[1].split('\n```')[0].splitlines()
+    for line in lines:
+        flags = f'{QUICK} --epochs 1 --lr 1e-30 --no-validate {line.split("train.py ")[1]}'
+        output = [run(f'train.py {flags}', tmp_path).stdout for _ in range(2)]
+        assert 'starting afresh' in output[0] and 'resuming from' in output[1]
+    images, both = (torch.load(path, weights_only=True)['model'] for path in tmp_path.glob('*/*/latest.pth'))
+    if 'video_head.0.weight' in images:
+        images, both = both, images
+    assert 'video_head.0.weight' in both
+    learned = [key for key in images if 'running' not in key and 'num_batches' not in key]
+    assert 'image_head.2.weight' in learned
+    assert all(torch.allclose(both[key], images[key], rtol=0, atol=1e-9) for key in learned)
+
+
 def test_two_processes(demo):
     """Both ranks end with the same weights, and together draw what the sampler says."""
     code = """
