@@ -7,15 +7,12 @@ Everything here stays uint8 (RGB, 0..255); the model normalizes. Every random ch
 seeded by its purpose, so a sample looks the same whichever worker makes it, before or after a restart.
 """
 
-import argparse
-import difflib
 import hashlib
 import math
 import os
-import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -443,33 +440,3 @@ def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
         stacked = default_collate([part.movedim(0, -1) for part in pixels]).movedim(-1, 1) if whole else None
         batch[source] = Batch(stacked, torch.tensor(labels), [*paths], *(sum(lists, []) for lists in bad))
     return batch
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite int or float of at least `low`, or `above` it, and below `high`."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if low <= value < high and not (above and value == low):
-                return value
-        wanted = f'a {"whole " * (kind is int)}number {"above" if above else "of at least"} {low}'
-        raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}' + f', below {high}' * (high < math.inf))
-
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """Parses a command line. The help is the program's docstring as it is written. A mistake gets one line,
-    with the flag that a misspelt one is likely to mean."""
-
-    def __init__(self, doc: str, **options):
-        description, _, epilog = doc.partition('\n\n')
-        layout = {'formatter_class': argparse.RawDescriptionHelpFormatter}
-        super().__init__(description=description, epilog=epilog, **layout, **options)
-
-    def error(self, message: str) -> NoReturn:
-        misspelt = re.match('unrecognized arguments: (--[^ =]+)', message)
-        meant = difflib.get_close_matches(misspelt[1], self._option_string_actions, 1) if misspelt else ()
-        hint = f'; did you mean {meant[0]}?' if meant else ''
-        self.exit(2, f'{self.prog}: {message}{hint} (--help lists all flags)\n')

@@ -38,6 +38,7 @@ import prepare
 from model import fold_batchnorm
 from runtime import checkpoint, distributed, sources
 from runtime.distributed import UserError, gather, rank, show, together, world_size
+from runtime.flags import Parser, number
 from video import VideoReader
 
 # the published validation set, used if neither the command nor the checkpoint names another
@@ -237,7 +238,7 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('files', nargs='*', metavar='FILE', help='videos, images or folders to classify; no set is measured')
     add('--ckpt', required=True, help='a checkpoint of train.py, or an official one')
@@ -251,15 +252,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--val-root', help="folder that the list's paths start from; default: the checkpoint's")
     add('--video-labels', metavar='TXT', help="class names, one per line; default: the checkpoint's")
     add('--image-labels', metavar='TXT', help='the same for images')
-    count = data.number(int, 1)
+    count = number(int, 1)
     add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
-    add(
-        '--workers',
-        type=data.number(int, 0),
-        help='loader processes; default: its share of the cores, up to 16',
-    )
+    add('--workers', type=number(int, 0), help='loader processes; default: its share of the cores, up to 16')
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list):
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')

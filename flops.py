@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Parser, number
 from model import OmniSlowOnly
+from runtime.flags import Parser, number
 
 
 def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:

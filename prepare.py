@@ -29,6 +29,7 @@ from torch import Tensor
 import data
 from runtime import sources
 from runtime.distributed import locked, open_outputs
+from runtime.flags import Parser, number
 from runtime.parallel import in_parallel
 from video import VideoReader, local, open_video, turn, upright
 
@@ -398,14 +399,14 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = data.Parser(__doc__, prog='prepare.py')
+    parser = Parser(__doc__, prog='prepare.py')
     commands = parser.add_subparsers(dest='command', required=True, help='one of these; --help has its flags')
 
     def command(function: Callable, name: str, files: str) -> Callable:
         usage, text = f'prepare.py {name} {files} [--FLAG ...]', function.__doc__.split('\n\n')[0]
         return commands.add_parser(name, doc=text, usage=usage).add_argument
 
-    count, default = data.number(int, 1, 2**20), ' (default: %(default)s)'
+    count, default = number(int, 1, 2**20), ' (default: %(default)s)'
     add = command(make_demo, 'demo', 'DIR')
     add('dir', metavar='DIR', help='folder to make it in; an existing set is kept')
 
@@ -419,12 +420,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('dst', metavar='DST', help='folder for the copies; its bad_samples.txt lists bad files')
     add('--short-side', type=count, default=256, help='at most, in pixels' + default)
     add('--gop', type=count, default=4, help='frames from one key frame to the next' + default)
-    add(
-        '--crf',
-        type=data.number(int, 0, 52),
-        default=21,
-        help='of libx264, 0 to 51: higher is smaller' + default,
-    )
+    add('--crf', type=number(int, 0, 52), default=21, help='of libx264, 0 to 51: higher is smaller' + default)
 
     add = command(show, 'show', 'OUT.png')
     add('out', metavar='OUT.png', help='picture to write')

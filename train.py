@@ -28,7 +28,7 @@ import data
 import evaluate
 import prepare
 from model import EVEN_STEPS, OmniSlowOnly, running_statistics, set_momentum
-from runtime import checkpoint, distributed, log
+from runtime import checkpoint, distributed, flags, log
 from runtime.distributed import rank, show, together, world_size
 from runtime.guard import Guard
 from runtime.sources import compare_data, open_sources
@@ -71,9 +71,9 @@ def settings(parser: argparse.ArgumentParser, title: str) -> Callable:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = data.Parser(__doc__)
+    parser = flags.Parser(__doc__)
 
-    count, above_0 = data.number(int, 1), data.number(float, 0, above=True)
+    count, above_0 = flags.number(int, 1), flags.number(float, 0, above=True)
     add = settings(parser, 'data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
@@ -100,14 +100,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = settings(parser, 'recipe')
     add('--epochs', 'many, because everything is learned from scratch', type=count, default=256)
-    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=data.number(int, 0))
+    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=flags.number(int, 0))
     add('--videos-per-gpu', 'videos in a batch of each process', type=count, default=16)
     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
     add('--accumulate', 'batches per step: one GPU with 8 learns like 8 GPUs', type=count, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
-    add('--momentum', 'of SGD', type=data.number(float, 0, 1), default=0.9)
-    add('--weight-decay', 'on all parameters, biases too', type=data.number(float, 0, 1), default=1e-4)
+    add('--momentum', 'of SGD', type=flags.number(float, 0, 1), default=0.9)
+    add('--weight-decay', 'on all parameters, biases too', type=flags.number(float, 0, 1), default=1e-4)
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
@@ -119,11 +119,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = settings(parser, 'run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
     add('--resume', 'resume from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
-    add('--seed', 'determines the whole run', type=data.number(int, 0, 2**63), default=0)
+    add('--seed', 'determines the whole run', type=flags.number(int, 0, 2**63), default=0)
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
     add('--precision', 'default: bf16 if the GPU has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
-    add('--workers', 'loader processes; default: its share of the cores, up to 16', type=data.number(int, 0))
+    add('--workers', 'loader processes; default: its share of the cores, up to 16', type=flags.number(int, 0))
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
     add('--val-interval', 'epochs between validations and kept checkpoints', type=count, default=4)
     add('--save-minutes', 'minutes between saves of latest.pth', type=above_0, default=10)

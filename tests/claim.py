@@ -39,6 +39,7 @@ import evaluate
 import train
 from model import EVEN_STEPS, OmniSlowOnly
 from runtime import checkpoint
+from runtime.flags import Parser
 
 WAYS = ('videos only', 'images first', 'jointly', 'images first, then jointly')
 VIDEOS_PER_CLASS, IMAGES_PER_LOOK = (2, 4, 8), (8, 64, 512)
@@ -403,7 +404,7 @@ def plot(runs: Runs, path: Path) -> None:
 
 
 def main() -> None:
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     runs, picture = bench.ROOT / 'tests/reference/claim.jsonl', bench.ROOT / 'docs/claim.svg'
     parser.add_argument('--out', default=str(runs), help='every run (default: %(default)s)')
     parser.add_argument('--plot', default=str(picture), help='(default: %(default)s)')
