@@ -66,6 +66,7 @@ for name in [*sys.modules]:
         del sys.modules[name]  # a fork of the program has its own
 gc.freeze()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 for line in sys.stdin:
     arguments, folder, env, *files, status = json.loads(line)
     if os.fork():

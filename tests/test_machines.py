@@ -285,7 +285,7 @@ def test_without_what_windows_and_macos_lack(trained, tmp_path):
     lines = {
         'train': f'{OPTIONS} spawned --workers 1',
         'evaluate': '--ckpt spawned/latest.pth --workers 1 --clips 1 --crops 1',
-        'prepare': 'check data/demo/videos_val',
+        'prepare': 'check data/demo/video_val.txt --root data/demo/videos_val',
     }
     code = 'import evaluate, flops, prepare, train\n'
     code += '\n'.join(f'{program}.main({line.split()})' for program, line in lines.items())
