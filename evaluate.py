@@ -262,6 +262,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
     if args.files and args.images:
         parser.error('--images measures the image set; image files are recognized by their content')
+    if args.timeline and args.csv:
+        parser.error('--csv has the labels of whole files, --timeline those of moments; take one of them')
     if (args.timeline or args.csv) and not args.files:
         parser.error('--timeline needs a video to classify, --csv any files; for sets, --dump has the scores')
     return args
@@ -330,7 +332,8 @@ def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settin
     """The validation set that the flags or the checkpoint name."""
     kind = 'image' if args.images else 'video'
     if network.head(kind) is None:
-        raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s')
+        other = '--images measures the image set' if kind == 'video' else 'leave out --images'
+        raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s; {other}')
     prefix = 'image_val' if args.images else 'val'
     published = (IMAGE_VAL_LIST, IMAGE_VAL_ROOT) if args.images else (VAL_LIST, VAL_ROOT)
     val_list = args.val_list or trained.get(f'{prefix}_list', published[0])

@@ -55,6 +55,10 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def amount(value: float) -> str:
+    return f'{value:,.0f}' if value >= 10 else f'{value:.2g}'
+
+
 def plan(args: argparse.Namespace, clip: tuple[int, int], image: tuple[int, int]) -> None:
     """Print what a run of the recipe takes, with CPUs decoding what GPUs learn from."""
     epochs, steps, images_per_gpu = args.epochs, max(args.videos // (16 * args.gpus), 1), 85
@@ -69,12 +73,12 @@ def plan(args: argparse.Namespace, clip: tuple[int, int], image: tuple[int, int]
     )
     print(f'  images     each is seen {pictures / args.images:,.1f} times')
     print(f'  computed   {work / 1e18:,.3g} EFLOP (2 per multiply-accumulate, forward and backward)')
-    print(f'  decoded    {clips / 1e6:,.1f}M clips of {args.clip_len} frames, {pictures / 1e6:,.0f}M images')
-    print(f'  GPUs       {gpu_hours:,.1f} hours at {args.step_ms:g} ms a step')
-    print(f'\n  {"the files":26}{"as they are":>16}{"after encode":>16}')
+    print(f'  decoded    {clips / 1e6:,.3g}M clips of {args.clip_len} frames, {pictures / 1e6:,.3g}M images')
+    print(f'  GPUs       {amount(gpu_hours)} hours at {args.step_ms:g} ms a step (--step-ms)')
+    print(f'\n  {"the files":26}{"as they are":>18}{"after encode":>18}')
 
     def row(title: str, unit: str, values: Iterable[float]) -> None:
-        print(f'  {title:26}' + ''.join(f'{f"{value:,.0f} {unit}":>16}' for value in values))
+        print(f'  {title:26}' + ''.join(f'{f"{amount(value)} {unit}":>18}' for value in values))
 
     terabytes = [(clips * v + pictures * i) / 1e6 for v, i in zip(args.video_mb, args.image_mb)]
     core_hours = [(clips * v + pictures * i) / 3.6e6 for v, i in zip(args.clip_ms, args.image_ms)]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import data
 from runtime import sources
-from runtime.distributed import locked, open_outputs
+from runtime.distributed import about_file, locked, open_outputs
 from runtime.flags import Parser, number
 from runtime.parallel import in_parallel
 from video import VideoReader, local, open_video, turn, upright
@@ -133,7 +133,12 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     jobs = [(*pair, short_side, gop, crf) for pair in zip(paths, copies)]
     try:
         with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
-            return len(jobs), sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
+            bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
+        sizes = [
+            sum(os.path.getsize(p) for p in part if os.path.exists(p)) / 2**20 for part in (paths, copies)
+        ]
+        print(f'{target}: the copies take {sizes[1]:,.1f} MB, the originals {sizes[0]:,.1f}')
+        return len(jobs), bad
     finally:
         for copy in copies:
             Path(f'{copy}.part').unlink(missing_ok=True)  # of what failed, or was stopped
@@ -454,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
             show(args)
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        print(f'prepare.py: {"stopped" if stopped else error}', file=sys.stderr)
+        print(f'prepare.py: {"stopped" if stopped else about_file(error) or error}', file=sys.stderr)
         sys.exit(130 if stopped else 1)
 
 

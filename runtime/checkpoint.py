@@ -163,6 +163,10 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}'
     target = Path(torch.hub.get_dir(), 'checkpoints', name)
     if target.exists():
+        if digits and not hashlib.sha256(target.read_bytes()).hexdigest().startswith(digits[1]):
+            raise ValueError(
+                f'{target}: its SHA-256 does not begin with {digits[1]}; remove it to fetch it again'
+            )
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     beside, timeout = Path(f'{target}.{uuid.uuid4().hex}.tmp'), socket.getdefaulttimeout()
@@ -209,7 +213,8 @@ def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | N
         return saved, path
     if saved and not (demo and not resume and saved['settings'].get('demo')):
         raise ValueError(
-            f'{folder} holds a run: --resume alone goes on with it, --work-dir takes another folder'
+            f'{folder} holds a run: the same command with --resume goes on with it, --work-dir takes another '
+            'folder'
         )
     if resume:
         saved, path = load_run(resume), resume
@@ -261,10 +266,11 @@ def first_weights(network: nn.Module, args: argparse.Namespace, sources: list, s
         new = load_init(network, load(args.init), args.init, labels)
     elif args.freeze:
         raise ValueError('--freeze needs trained weights: name them with --init or --init-2d')
-    if new and args.epochs * steps_per_epoch < 300:
+    steps, scratch = args.epochs * steps_per_epoch, not (args.init or args.init_2d)
+    if steps < 300 and (new or scratch):
+        what = 'a network that' if scratch else f'a new head ({", ".join(new)}), which'
         enough = math.ceil(300 / steps_per_epoch)
-        few = f'{args.epochs * steps_per_epoch} steps are few for a new head ({", ".join(new)})'
-        show(f'{few}, which learns from nothing; --epochs {enough} makes 300')
+        show(f'{steps} steps are few for {what} learns from nothing; --epochs {enough} makes 300')
 
 
 def build(saved: dict, path: str) -> OmniSlowOnly:

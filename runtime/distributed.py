@@ -101,8 +101,14 @@ def explain(error: Exception) -> str:
         for sign, line in FAULTS.items():
             if re.search(sign, (reason if raised else text) + f' {place}' * isinstance(error, OSError)):
                 return f'{line} ({reason})'
-        text = reason if isinstance(error, OSError) else ''
+        text = about_file(error) or reason if isinstance(error, OSError) else ''
     return text if isinstance(error, (UserError, OSError)) else ''
+
+
+def about_file(error: Exception) -> str:
+    """'FILE: what is wrong' of the system's errors that name a file; '' for others."""
+    name = getattr(error, 'filename', None)
+    return f'{name}: {error.strerror}' if name and error.strerror else ''
 
 
 def open_outputs() -> None:
@@ -218,7 +224,7 @@ def together():
     try:
         yield
     except (OSError, ValueError) as error:
-        trouble = str(error) or type(error).__name__
+        trouble = about_file(error) or str(error) or type(error).__name__
     stop_together(trouble)
 
 

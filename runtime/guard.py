@@ -92,7 +92,8 @@ class Guard:
         if self.unreadable > max(self.max_bad * self.drawn, 20):
             raise UserError(
                 f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more '
-                f'than --max-bad {self.max_bad:g} allows; {self.folder}/bad_samples.txt lists them'
+                f'than --max-bad {self.max_bad:g} allows; mend or remove the files that '
+                f'{self.folder}/bad_samples.txt lists, or raise it'
             )
         stop = next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
         return bool(due), stop

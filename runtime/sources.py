@@ -54,6 +54,9 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
                 f'--{name}-labels takes a file with their names'
             )
         held_out = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
+        if os.path.isdir(list_file) and not label_map and not os.path.isdir(val_list):
+            ends = f'label 0 as {labels[0]!r}, {classes - 1} as {labels[-1]!r}'
+            show(f'{val_list}: taking {ends}, in the order of the class folders')
     if name == 'video':
         clip = {'size': args.size, 'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
         train = data.VideoDataset(samples, 'train', seed=args.seed, flip=not args.no_flip, **clip)
@@ -73,9 +76,9 @@ def open_list(
     if not os.path.exists(list_file):
         without = '`train.py --video-only` does without images; ' if prefix.startswith('image') else ''
         raise FileNotFoundError(
-            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()}, but {flag}-list '
-            f'names it; {without}the README shows how data is laid out, and `python train.py --demo` makes a '
-            'small set of its own'
+            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()} '
+            f'({flag}-list); {without}the README shows how data is laid out, and `python train.py --demo` '
+            'makes a small set of its own'
         )
     samples = read_list(list_file, root, classes, videos, labels)
     check_there(samples, list_file, f'{flag}-root')

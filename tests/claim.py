@@ -343,13 +343,15 @@ def tables(runs: Runs) -> list[tuple[str, list[str], list[list[str]]]]:
         low, high = interval(x - y)
         return f'{(x - y).mean():+.1f} [{low:+.1f}, {high:+.1f}]'
 
-    videos, images, video_pairs, image_pairs, numbers = [], [], [], [], []
+    both_kinds, videos, images, video_pairs, image_pairs, numbers = [], [], [], [], [], []
     for n in VIDEOS_PER_CLASS:
         jobs = {way: Job(way, n) for way in WAYS}
         videos.append([str(n), *(cell(job, 'top1') for job in jobs.values())])
         images.append(
             [str(n), cell(jobs[FIRST], 'image_before'), *(cell(jobs[w], 'image_top1') for w in WAYS[1:])]
         )
+        of_both = [f'{a.split()[0]} / {b.split()[0]}' for a, b in zip(videos[-1][2:], images[-1][2:])]
+        both_kinds.append([str(n), videos[-1][1].split()[0], *of_both])
         video_pairs.append([str(n), *(apart(jobs[a], jobs[b], 'top1') for a, b in PAIRS_OF_WAYS)])
         image_pairs.append([str(n), apart(jobs[FIRST], jobs[FIRST], 'image_top1', 'image_before')])
         image_pairs[-1] += [apart(jobs[a], jobs[b], 'image_top1') for a, b in PAIRS_OF_WAYS[:3]]
@@ -363,6 +365,7 @@ def tables(runs: Runs) -> list[tuple[str, list[str], list[list[str]]]]:
     per, pairs = 'videos per class', [' - '.join(pair) for pair in PAIRS_OF_WAYS]
     of_images = [f'{FIRST}: end - before', *pairs[:3]]
     return [
+        ('Top-1 on held-out videos / images, %, means', [per, *WAYS], both_kinds),
         (f'Top-1 on held-out videos, %, {len(SEEDS)} seeds', [per, *WAYS], videos),
         ('Top-1 on held-out images, %', [per, f'{FIRST}, before', *WAYS[1:]], images),
         ('Paired differences of videos, 95 % interval', [per, *pairs], video_pairs),

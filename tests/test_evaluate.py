@@ -381,6 +381,8 @@ def broken(demo, checkpoint):
         ('--ckpt small.pth --show wrong.png a.mp4', '--show and --val-list measure a set'),
         ('--ckpt small.pth --timeline', '--timeline needs a video'),
         ('--ckpt small.pth --csv out.csv', '--csv any files'),
+        ('--ckpt small.pth --timeline --csv a.csv a.mp4', '--timeline those of moments; take one of them'),
+        ('--ckpt nope.pth', 'evaluate.py: nope.pth: No such file or directory'),
         ('--ckpt small.pth --workers -1', "'-1' is not a whole number of at least 0"),
         ('--ckpt small.pth --features nowhere/a.npz', 'nowhere/a.npz: cannot be written'),
         (

@@ -374,11 +374,12 @@ def test_the_demo_starts_anew_over_a_demo_only(undisturbed, demo):
     torch.save(saved, demo / 'again/latest.pth')
     result = run(f'train.py {OPTIONS} --work-dir again', demo, expect=1)
     assert result.stderr.strip() == (
-        'train.py: again holds a run: --resume alone goes on with it, --work-dir takes another folder'
+        'train.py: again holds a run: the same command with --resume goes on with it, --work-dir takes '
+        'another folder'
     )
     assert (demo / 'again/epoch_1.pth').exists()
     result = run(f'train.py {OPTIONS} --work-dir again --resume undisturbed1/latest.pth', demo, expect=1)
-    assert 'again holds a run: --resume alone goes on with it' in result.stderr
+    assert 'again holds a run: the same command with --resume goes on with it' in result.stderr
 
 
 def test_other_settings_take_effect_on_resume(undisturbed, demo):

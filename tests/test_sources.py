@@ -256,3 +256,16 @@ def test_class_folders_are_not_guessed_to_be_a_lists_labels(tmp_path, monkeypatc
     (tmp_path / 'names.txt').write_text('b\na\n')
     (source,) = open_sources(f'{options} --image-labels names.txt')
     assert source.val.files.labels.tolist() == [1, 0]
+
+
+def test_a_list_beside_class_folders_says_how_its_labels_are_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / 'train', 'b/1.jpg', 'a/1.jpg', 'c/1.jpg')
+    (tmp_path / 'val.txt').write_text('train/b/1.jpg 1\n')
+    options = '--image-list train --image-val-list val.txt --image-val-root .'
+    open_sources(options)
+    said = "val.txt: taking label 0 as 'a', 2 as 'c', in the order of the class folders\n"
+    assert said in capsys.readouterr().out
+    (tmp_path / 'names.txt').write_text('c\nb\na\n')
+    open_sources(f'{options} --image-labels names.txt')
+    assert said not in capsys.readouterr().out
