@@ -48,20 +48,7 @@ FEWER_SEEDS = SEEDS[:5]  # where the number of images varies
 METRICS = 'top1', 'image_top1'
 RATES = (0.05, 0.1, 0.2, 0.4)
 HELD_OUT = 64  # of each class
-
-
-class Job(NamedTuple):
-    """A run. What is not named is as here."""
-
-    way: str
-    videos_per_class: int = 4
-    images_per_look: int = 8
-    seed: int = 0
-    lr: float = 0
-    image_batch: int = 32
-
-
-STEPS, FEW_A_STEP = 600, 8  # images a step, which is tried as well
+STEPS, FEW_A_STEP = 600, 8  # images a step, tried as well as 32
 
 LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
 PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
@@ -161,6 +148,17 @@ def make_set(source: str, mode: str, seed: int, per_class: int) -> Videos | Imag
 
 
 # One run --------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A run. What is not named is as here."""
+
+    way: str
+    videos_per_class: int = 4
+    images_per_look: int = 8
+    seed: int = 0
+    lr: float = 0
+    image_batch: int = 32
 
 
 def learn(network: OmniSlowOnly, job: Job, sources: tuple[str, ...], lr: float, steps: int) -> None:
