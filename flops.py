@@ -75,10 +75,10 @@ def plan(args: argparse.Namespace, clip: tuple[int, int], image: tuple[int, int]
     print(f'  computed   {work / 1e18:,.3g} EFLOP (2 per multiply-accumulate, forward and backward)')
     print(f'  decoded    {clips / 1e6:,.3g}M clips of {args.clip_len} frames, {pictures / 1e6:,.3g}M images')
     print(f'  GPUs       {amount(gpu_hours)} hours at {args.step_ms:g} ms a step (--step-ms)')
-    print(f'\n  {"the files":26}{"as they are":>18}{"after encode":>18}')
+    print(f'\n  {"the files":26}{"as they are":>20}{"after encode":>20}')
 
     def row(title: str, unit: str, values: Iterable[float]) -> None:
-        print(f'  {title:26}' + ''.join(f'{f"{amount(value)} {unit}":>18}' for value in values))
+        print(f'  {title:26}' + ''.join(f'{f"{amount(value)} {unit}":>20}' for value in values))
 
     terabytes = [(clips * v + pictures * i) / 1e6 for v, i in zip(args.video_mb, args.image_mb)]
     core_hours = [(clips * v + pictures * i) / 3.6e6 for v, i in zip(args.clip_ms, args.image_ms)]

@@ -134,10 +134,9 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     try:
         with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
             bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
-        sizes = [
-            sum(os.path.getsize(p) for p in part if os.path.exists(p)) / 2**20 for part in (paths, copies)
-        ]
-        print(f'{target}: the copies take {sizes[1]:,.1f} MB, the originals {sizes[0]:,.1f}')
+        done = [pair for pair in zip(paths, copies) if os.path.exists(pair[1])]
+        before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in zip(*done)) if done else (0, 0)
+        print(f'{target}: {len(done)} copies of {after:,.1f} MB, their originals have {before:,.1f} MB')
         return len(jobs), bad
     finally:
         for copy in copies:

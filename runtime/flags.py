@@ -34,6 +34,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         misspelt = re.match('unrecognized arguments: (--[^ =]+)', message)
-        meant = difflib.get_close_matches(misspelt[1], self._option_string_actions, 1) if misspelt else ()
+        parsers = [self]  # and those of its commands
+        for action in self._actions:
+            parsers += action.choices.values() if isinstance(action.choices, dict) else ()
+        known = [flag for parser in parsers for flag in parser._option_string_actions]
+        meant = difflib.get_close_matches(misspelt[1], known, 1) if misspelt else ()
         hint = f'; did you mean {meant[0]}?' if meant else ''
         self.exit(2, f'{self.prog}: {message}{hint} (--help lists all flags)\n')

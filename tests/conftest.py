@@ -73,12 +73,12 @@ for line in sys.stdin:
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if child := os.fork():
-        print(child, flush=True)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         pathlib.Path(status + '.tmp').write_text(str(code))
         os.rename(status + '.tmp', status)
         os._exit(0)
     os.setsid()
+    print(os.getpid(), flush=True)  # from now on a signal to its session reaches it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

@@ -10,6 +10,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -559,7 +560,16 @@ def test_the_command_takes_an_address(server, tmp_path, trained):
 def test_torchvision_s_weights_have_names(tmp_path, monkeypatch, resnet):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path / 'hub/checkpoints').mkdir(parents=True)
-    torch.save(resnet, tmp_path / 'hub/checkpoints/resnet50-0676ba61.pth')
+    torch.save(resnet, tmp_path / 'a.pth')
+    name = f'resnet50-{hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()[:8]}.pth'
+    (tmp_path / 'a.pth').rename(tmp_path / 'hub/checkpoints' / name)
+    get_weight, own = (
+        torchvision.models.get_weight,
+        mock.Mock(url=f'https://download.pytorch.org/models/{name}'),
+    )
+    monkeypatch.setattr(
+        'torchvision.models.get_weight', lambda name: own if name.endswith('V1') else get_weight(name)
+    )
     network = OmniSlowOnly(5, 6, **SMALL)
     checkpoint.load_2d(network, 'ResNet50_Weights.IMAGENET1K_V1')
     assert torch.equal(network.state_dict()['layer1.0.conv2.weight'], resnet['layer1.0.conv2.weight'])

@@ -48,14 +48,17 @@ def test_the_comparison_repeats_and_no_frame_tells(tmp_path, monkeypatch):
     for setting, value in (('STEPS', 2), ('HELD_OUT', 1), ('EVEN_STEPS', 2)):
         monkeypatch.setattr(claim, setting, value)
     for way in claim.WAYS:
-        first, again = (claim.run(tmp_path, claim.Job(way, 2, lr=0.1, image_batch=8)) for _ in range(2))
+        job, folders = claim.Job(way, 2, lr=0.1, image_batch=8), [tmp_path / f'{way}{i}' for i in range(2)]
+        for folder in folders:
+            folder.mkdir()
+        first, again = (claim.run(folder, job) for folder in folders)
         assert first | {'seconds': 0} == again | {'seconds': 0} and 0 <= first['top1'] <= 1
         assert ('image_top1' in first) == (way != 'videos only')
         assert ('image_before' in first) == ('first' in way)
 
 
-def test_intervals_where_most_seeds_agree():
-    assert claim.interval(np.zeros(10)) == (0, 0)
-    low, high = claim.interval(np.array([0.0] * 8 + [1, 2]))
-    assert np.isfinite([low, high]).all() and low < 0.3 < high
-    assert claim.interval(np.arange(10.0)) == pytest.approx((2.1, 6.9), abs=0.3)
+def test_intervals_are_student_s():
+    """Of ten values and of five, by the table of Student (1908) and by hand."""
+    assert claim.interval(np.arange(10.0)) == pytest.approx((2.3342, 6.6658), abs=1e-3)
+    assert claim.interval(np.arange(5.0)) == pytest.approx((0.0370, 3.9630), abs=1e-3)
+    assert claim.interval(np.full(10, 0.3)) == pytest.approx((0.3, 0.3))

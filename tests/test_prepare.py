@@ -378,7 +378,7 @@ def test_encode_keeps_names_and_frames_and_goes_on(folder, capsys):
         ends_with(1, 'encode in out --short-side 64 --gop 8')
         output = capsys.readouterr().out
         assert 'in: 4 files, 1 of them unreadable, see out/bad' in output
-        assert re.search(r'out: the copies take \d+\.\d MB, the originals \d+\.\d\n', output)
+        assert re.search(r'out: 3 copies of \d+\.\d MB, their originals have \d+\.\d MB\n', output)
         assert Path('out/bad_samples.txt').read_text().startswith('in/torn.mp4: ')
         times = {
             str(path): path.stat().st_mtime_ns for path in Path('out').rglob('*.*') if path.suffix != '.txt'

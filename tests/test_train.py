@@ -442,6 +442,7 @@ def test_the_recipes_do_what_they_say():
     source, sampler = mock.Mock(train=mock.Mock(files=files)), data.JointSampler({'video': 90}, {'video': 9})
     source.name = 'video'
     shares, drawing = balance.split('# and in')
+    drawing, adding = drawing.split('# and repl')
     exec(shares, {'np': np, 'sources': [source], 'sampler': sampler})
     orders = []
     for passes in (*range(50), 0):
@@ -450,6 +451,10 @@ def test_the_recipes_do_what_they_say():
         orders.append(space['order'])
     assert np.mean(files.labels[orders[:50]] == 0) == pytest.approx(0.75, abs=0.02)
     assert (orders[0] == orders[50]).all() and (orders[0] != orders[1]).any()
+    sampler.orders, keys = {'video': (3, orders[3])}, []
+    for place in range(90):
+        exec(f'#{adding}', {'self': sampler, 'source': 'video', 'passes': 3, 'place': place, 'keys': keys})
+    assert len(set(keys)) == 90 > len({index for _, _, index in keys})
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
