@@ -89,7 +89,7 @@ def plan(args: argparse.Namespace, clip: tuple[int, int], image: tuple[int, int]
         row(f'a run on {cores} cores', 'hours', [max(gpu_hours, hours / cores) for hours in core_hours])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add, whole, above_0 = parser.add_argument, number(int, 1), number(float, 0, above=True)
     add('--size', type=whole, default=224, help='side of the crop (default: %(default)s)')
@@ -113,7 +113,7 @@ def main() -> None:
     ):
         text = f'{unit}, before and after `prepare.py encode` (default: {default[0]} {default[1]})'
         add(flag, type=above_0, nargs=2, default=default, metavar=('BEFORE', 'AFTER'), help=text)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with torch.device('meta'):
         network = OmniSlowOnly(layers=args.layers, width=args.width)
         sizes = (8, 256, 256), (args.clip_len, args.size, args.size), (args.size, args.size)
