@@ -325,15 +325,16 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 def tables(runs: Runs) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of what docs/comparison.md shows."""
 
+    def mean(job: Job, metric: str) -> str:
+        return f'{results(runs, chosen(runs, job), metric).mean():.1f}'
+
     def cell(job: Job, metric: str, seeds: tuple[int, ...] = SEEDS) -> str:
         values = results(runs, chosen(runs, job), metric, seeds)
         return f'{values.mean():.1f} ± {values.std(ddof=1):.1f}'
 
     def apart(a: Job, b: Job, metric: str, other: str = '', seeds: tuple[int, ...] = SEEDS) -> str:
-        x, y = (
-            results(runs, chosen(runs, a), metric, seeds),
-            results(runs, chosen(runs, b), other or metric, seeds),
-        )
+        x = results(runs, chosen(runs, a), metric, seeds)
+        y = results(runs, chosen(runs, b), other or metric, seeds)
         low, high = interval(x - y)
         return f'{(x - y).mean():+.1f} [{low:+.1f}, {high:+.1f}]'
 
@@ -344,8 +345,8 @@ def tables(runs: Runs) -> list[tuple[str, list[str], list[list[str]]]]:
         images.append(
             [str(n), cell(jobs[FIRST], 'image_before'), *(cell(jobs[w], 'image_top1') for w in WAYS[1:])]
         )
-        of_both = [f'{a.split()[0]} / {b.split()[0]}' for a, b in zip(videos[-1][2:], images[-1][2:])]
-        both_kinds.append([str(n), videos[-1][1].split()[0], *of_both])
+        both = [' / '.join(mean(jobs[way], metric) for metric in METRICS) for way in WAYS[1:]]
+        both_kinds.append([str(n), mean(jobs[VIDEOS], 'top1'), *both])
         video_pairs.append([str(n), *(apart(jobs[a], jobs[b], 'top1') for a, b in PAIRS_OF_WAYS)])
         image_pairs.append([str(n), apart(jobs[FIRST], jobs[FIRST], 'image_top1', 'image_before')])
         image_pairs[-1] += [apart(jobs[a], jobs[b], 'image_top1') for a, b in PAIRS_OF_WAYS[:3]]
