@@ -55,6 +55,13 @@ def decode_all(path):
         return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
 
 
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 # Has imported what a command imports, and forks for each that it is told of, as a start of PyTorch takes 3
 # seconds and a fork 0.05. The fork runs the script as Python would, to the interpreter's end.
 SERVER = f"""

@@ -13,8 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DOCS, Forked, run, write_video
-from test_prepare import wait_for
+from conftest import DOCS, Forked, run, wait_for, write_video
 
 import data
 import evaluate

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, run
+from conftest import ROOT, SMALL, Forked, run, wait_for
 
 import data
 
@@ -40,13 +40,6 @@ def after(code, line):
     modules = 'import os, signal, sys, warnings, train, evaluate'
     quiet = 'warnings.simplefilter("ignore")'  # as of more workers than cores
     return ['-c', f'{modules}\n{quiet}\n{code}\n{program}.main()', *arguments]
-
-
-def wait_for(condition):
-    end = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def steps(folder):
@@ -134,7 +127,7 @@ def test_a_stop_signal_ends_the_wait_for_a_disk_that_hangs(demo, ranks, workers,
     (demo / f'{folder}.list').write_text('\n'.join(lines))
     line = f'train.py {OPTIONS} {folder} --workers {workers} --image-list {folder}.list --resume'
     forked = Forked(line, demo, ranks)
-    wait_for(lambda: steps(demo / folder) == 1)
+    wait_for(lambda: steps(demo / folder) == 1, 100)
     time.sleep(0.5)
     forked.kill(signum)
     assert forked.wait() == 128 + signum
@@ -149,7 +142,7 @@ def test_a_stop_signal_ends_the_wait_for_a_disk_that_hangs(demo, ranks, workers,
 
 def test_a_signal_to_a_launcher_and_its_ranks_saves(demo):
     forked = Forked(f'torchrun --nproc_per_node=2 train.py {OPTIONS} all --workers 1 --epochs 99', demo)
-    wait_for(lambda: steps(demo / 'all') > 3)
+    wait_for(lambda: steps(demo / 'all') > 3, 100)
     forked.kill(signal.SIGTERM)  # torchrun sends it to its ranks once more
     forked.wait()
     assert 'stopped by SIGTERM and saved' in forked.out.read_text()
@@ -165,7 +158,7 @@ def in_terminal(demo):
         code += f'\nfor i in range(3): os.dup2(os.open({os.ttyname(inside)!r}, os.O_RDWR), i)'
         code += '\nsys.stdout, sys.stderr = open(1, "w"), open(2, "w")'
         forked, folder = Forked(after(code, line), demo), demo / line.split('--work-dir ')[1].split()[0]
-        wait_for(lambda: forked.poll() is None and os.read(terminal, 10000) and steps(folder) > 3)
+        wait_for(lambda: forked.poll() is None and os.read(terminal, 10000) and steps(folder) > 3, 100)
         os.close(inside)
         os.close(terminal)
         return forked.wait(), saved_step(folder), steps(folder)

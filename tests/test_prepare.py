@@ -23,7 +23,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Forked, run, write_video
+from conftest import ROOT, Forked, run, wait_for, write_video
 from PIL import Image
 
 import data
@@ -54,13 +54,6 @@ def ends_with(code, command):
     with pytest.raises(SystemExit) as exit:
         prepare.main(command if isinstance(command, list) else command.split())
     assert exit.value.code == code
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def write_frames(path, count, size=(96, 64), **options):

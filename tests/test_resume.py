@@ -8,12 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, run
+from conftest import ROOT, SMALL, Forked, run, wait_for
 
 from runtime.distributed import processes
 from runtime.guard import Guard
@@ -108,9 +107,12 @@ def start(demo, launcher, folder, options='', ranks=1):
     (demo / 'lingers.py').write_text(LINGERS)
     line = f'{launcher}lingers.py {OPTIONS} --workers 1 --work-dir {folder} --resume {options}'
     forked, log = Forked(line, demo, ranks), demo / folder / 'log.jsonl'
-    while not log.exists() or len(log.read_text().splitlines()) < 3:
+
+    def lingers():
         assert forked.poll() is None
-        time.sleep(0.02)
+        return log.exists() and len(log.read_text().splitlines()) >= 3
+
+    wait_for(lingers, 100)
     return forked
 
 
@@ -227,10 +229,7 @@ def test_torchrun_restarts_a_run_of_which_a_rank_dies(undisturbed, demo, dies):
 def test_ranks_that_lose_their_launcher_save_and_end(undisturbed, demo):
     forked = start(demo, 'torchrun --nproc_per_node=2 ', 'orphaned')
     os.kill(*forked.pids, signal.SIGKILL)
-    end = time.monotonic() + 60
-    while processes_with('orphaned'):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: not processes_with('orphaned'))
     output = run(f'train.py {OPTIONS} --workers 1 --work-dir orphaned --resume', demo, ranks=2).stdout
     assert 'resuming from orphaned/latest.pth' in output
     assert same(final(demo / 'orphaned'), undisturbed(2))
