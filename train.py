@@ -403,17 +403,13 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     return network
 
 
-def validate(
-    network: nn.Module, sources: list[data.Source], precision: str, workers: int
-) -> dict[str, float]:
+def validate(network: nn.Module, sources: list[data.Source], precision: str, workers: int) -> dict:
     """{'video_top1': ..., 'image_top5': ...} for each source that has a validation set."""
     result = {}
     for source in sources:
         if source.val is not None:
-            title = f'validating {source.name}s'
-            scores, labels, bad = evaluate.predict(
-                network, source.name, source.val, precision, 16, workers, title
-            )
+            options = precision, 16, workers, f'validating {source.name}s'
+            scores, labels, bad = evaluate.predict(network, source.name, source.val, *options)
             for line in bad:
                 show(f'unreadable, counted as wrong: {line}')
             metrics = evaluate.accuracy(scores, labels)
