@@ -529,12 +529,12 @@ def test_asking_for_frames_that_are_not_there(tmp_path):
 
 
 def test_what_is_no_video(tmp_path):
-    (tmp_path / 'text.mp4').write_text('not a video\n' * 100)
-    (tmp_path / 'empty.mp4').touch()
-    (tmp_path / 'start.mkv').write_bytes(Path(write_video(tmp_path / 'a.mkv')).read_bytes()[:20])
-    for name in ('text.mp4', 'empty.mp4', 'start.mkv'):
+    path, whole = tmp_path / 'a.mp4', Path(write_video(tmp_path / 'whole.mp4')).read_bytes()
+    random = np.random.default_rng(0).bytes(10_000)
+    for content in (b'', b'not a video' * 100, bytes(10_000), random, whole[:20], whole[: len(whole) // 2]):
+        path.write_bytes(content)
         with pytest.raises((OSError, ValueError)):
-            VideoReader(tmp_path / name)
+            VideoReader(path)
     with pytest.raises(FileNotFoundError):
         VideoReader(tmp_path / 'missing.mp4')
 
