@@ -52,6 +52,7 @@ def write_video(
 def decode_all(path):
     """Every frame of a video, decoded from the start, RGB (N, H, W, 3)."""
     with av.open(str(path)) as container:
+        container.streams.video[0].thread_count = 1  # each number patches errors differently
         return np.stack([frame.to_ndarray(format='rgb24') for frame in container.decode(video=0)])
 
 
