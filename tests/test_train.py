@@ -130,9 +130,9 @@ def test_videos_alone_from_class_folders(demo):
     class_folders(demo, 'few.txt', 'videos_train', 'folders', 'class ')
     options = '--video-only --no-validate --work-dir video --video-list folders --val-list folders'
     output = run([*f'{QUICK} --epochs 1 {options}'.split(), '--video-labels', ''], demo).stdout
-    assert '16 videos of 4 classes' in output and 'image' not in output.split('epoch 1/1')[1]
+    assert '16 videos of 8 classes' in output and 'image' not in output.split('epoch 1/1')[1]
     checkpoint = latest(demo / 'video')
-    assert checkpoint['video_labels'] == ['class 0', 'class 1', 'class 2', 'class 3']
+    assert checkpoint['video_labels'] == [f'class {number}' for number in range(8)]
     assert not any(key.startswith('image_head') for key in checkpoint['model'])
     output = run('evaluate.py --ckpt video/latest.pth --clips 1 --crops 1', demo).stdout
     assert '16 videos' in output and 'taken for class' in output
@@ -158,7 +158,7 @@ def test_images_first_then_jointly_or_videos(demo, tmp_path):
 
     given = latest(tmp_path / 'work_dirs/images')
     assert 'video_labels' not in given and len(given['image_labels']) == 4
-    folders = 'work_dirs/images', 'work_dirs/omni', 'videos'
+    folders = 'work_dirs/images', 'work_dirs/demo', 'videos'
     given, jointly, videos = (latest(tmp_path / folder)['model'] for folder in folders)
     assert not any(key.startswith('video_head') for key in given) and 'video_head.0.weight' in jointly
     assert not given['bn1.running_mean'].any()
@@ -183,7 +183,7 @@ def recording(samples):
 data.collate = recording
 torch.save([train.main().state_dict(), paths], f'rank{os.environ["RANK"]}.pth')
 """
-    options = '--epochs 2 --workers 0 --videos-per-gpu 4 --images-per-gpu 5 --seed 3'
+    options = '--epochs 2 --workers 0 --videos-per-gpu 4 --images-per-gpu 5 --seed 3 --work-dir pair'
     run(['-c', code, *f'{SMALL} {options}'.split()], demo, ranks=2)
     (first, *drawn), (second, *others) = (latest(demo, f'rank{rank}') for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
