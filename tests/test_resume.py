@@ -1,6 +1,8 @@
 """A run that is killed and resumed ends as one that never was, bit for bit; nothing that fails loses it."""
 
+import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -83,15 +85,12 @@ def same(ours, theirs):
 
 @pytest.fixture(scope='module')
 def undisturbed(demo):
-    """What a run with so many processes ends with."""
-    ends = {}
+    """A function that gives what a run with so many processes ends with."""
 
+    @functools.cache
     def of(ranks):
-        if ranks not in ends:
-            folder = f'undisturbed{ranks}'
-            run(f'train.py {OPTIONS} --workers 1 --work-dir {folder}', demo, ranks=ranks)
-            ends[ranks] = final(demo / folder)
-        return ends[ranks]
+        run(f'train.py {OPTIONS} --workers 1 --work-dir undisturbed{ranks}', demo, ranks=ranks)
+        return final(demo / f'undisturbed{ranks}')
 
     return of
 
@@ -119,11 +118,9 @@ def processes_with(argument):
     """Everything that runs with this argument: a launcher, its ranks, their workers."""
     found = []
     for path in Path('/proc').glob('[0-9]*/cmdline'):
-        try:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if argument.encode() in path.read_bytes().split(b'\0'):
                 found.append(int(path.parent.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
     return found
 
 
@@ -245,7 +242,13 @@ def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, ranks, signum):
 
 
 def test_a_reader_that_has_gone_does_not_end_the_run(undisturbed, demo):
-    code = 'import os, train; read, write = os.pipe(); os.close(read); os.dup2(write, 1); train.main()'
+    code = """
+import os, train
+read, write = os.pipe()
+os.close(read)
+train.prepare.make_demo = lambda _: os.dup2(write, 1)  # the set is there
+train.main()
+"""
     result = run(['-c', code, *OPTIONS.split(), '--workers', '1', '--work-dir', 'piped'], demo)
     assert not result.stderr
     assert same(final(demo / 'piped'), undisturbed(1))
@@ -344,24 +347,20 @@ def test_other_settings_take_effect_on_resume(undisturbed, demo):
 
 
 def test_labels_that_change_their_meaning_are_refused_on_resume(demo):
-    lists = '--val-list data/demo/video_val.txt --val-root data/demo/videos_val --no-validate --video-only'
     lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
-    (demo / 'list.txt').write_text('\n'.join(lines))
     labels = (demo / 'data/demo/video_labels.txt').read_text().splitlines()
-    (demo / 'names.txt').write_text('\n'.join(labels))
-    line = f'train.py {OPTIONS} {lists} --video-list list.txt --video-labels names.txt --work-dir named'
-    run(f'{line} --workers 1 --epochs 1', demo)
 
-    (demo / 'names.txt').write_text('\n'.join([labels[0], 'other', *labels[2:]]))
-    result = run(f'{line} --resume', demo, expect=1)
-    assert "video label 1 was 'stripes falling' there and is 'other' now" in result.stderr
-    (demo / 'names.txt').write_text('\n'.join(labels))
+    def check(said, lines, labels, options='', status=1):
+        (demo / 'list.txt').write_text('\n'.join(lines))
+        (demo / 'names.txt').write_text('\n'.join(labels))
+        options += ' --video-list list.txt --video-labels names.txt --video-only --workers 1 --epochs 1'
+        result = run(f'train.py {OPTIONS} {options} --work-dir named --resume', demo, status)
+        assert said in result.stdout + result.stderr
+
+    check('starting afresh', lines, labels, status=0)
+    other = [labels[0], 'other', *labels[2:]]
+    check("video label 1 was 'stripes falling' there and is 'other' now", lines, other)
     swapped = [f'{line[:-1]}{(int(line[-1]) + 1) % 8}' for line in lines]
-    (demo / 'list.txt').write_text('\n'.join(swapped))
-    result = run(f'{line} --resume', demo, expect=1)
-    assert 'the same videos have other labels now than when it was saved' in result.stderr
-    (demo / 'list.txt').write_text('\n'.join(lines[:-1]))
-    output = run(f'{line} --resume --epochs 1', demo).stdout
-    assert 'changed since the checkpoint: the list of training videos' in output
-    result = run(f'{line} --resume --width 24', demo, expect=1)
-    assert 'named/latest.pth: has --width 8, now 24; --work-dir takes another folder' in result.stderr
+    check('the same videos have other labels now than when it was saved', swapped, labels)
+    check('changed since the checkpoint: the list of training videos', lines[:-1], labels, status=0)
+    check('named/latest.pth: has --width 8, now 24; --work-dir takes another', lines, labels, '--width 24')
