@@ -95,10 +95,10 @@ def undisturbed(demo):
     return of
 
 
-def start(demo, launcher, folder, options='', ranks=1):
+def start(demo, launcher, folder, ranks=1):
     """Start a run that lingers after its third step, and come back once it is there."""
     (demo / 'lingers.py').write_text(LINGERS)
-    line = f'{launcher}lingers.py {OPTIONS} --workers 1 --work-dir {folder} --resume {options}'
+    line = f'{launcher}lingers.py {OPTIONS} --workers 1 --work-dir {folder} --resume'
     forked, log = Forked(line, demo, ranks), demo / folder / 'log.jsonl'
 
     def lingers():
@@ -210,7 +210,7 @@ def test_ranks_that_lose_their_launcher_save_and_end(undisturbed, demo):
     forked = start(demo, 'torchrun --nproc_per_node=2 ', 'orphaned')
     os.kill(*forked.pids, signal.SIGKILL)
     wait_for(lambda: not processes_with('orphaned'))
-    assert latest(demo / 'orphaned')['step'] < 6
+    assert latest(demo / 'orphaned')['step'] < 6  # which would be all
     output = run(f'train.py {OPTIONS} --workers 1 --work-dir orphaned --resume', demo, ranks=2).stdout
     assert 'resuming from orphaned/latest.pth' in output
     assert same(final(demo / 'orphaned'), undisturbed(2))
@@ -235,7 +235,8 @@ def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, ranks, signum):
     output = forked.out.read_text() + forked.err.read_text()
     assert f'{signum.name}: saving after this step' in output
     assert f'stopped by {signum.name} and saved' in output and 'Traceback' not in output
-    saved, (epoch, step), steps = latest(demo / folder), steps_of(demo / folder)[-1], 4 // ranks  # an epoch
+    saved, (epoch, step) = latest(demo / folder), steps_of(demo / folder)[-1]
+    steps = 4 // ranks  # of an epoch
     assert saved['step'] == steps * (epoch - 1) + step and saved['epoch'] == saved['step'] // steps
     run(f'train.py {OPTIONS} --workers 2 --work-dir {folder} --resume', demo, ranks=ranks)
     assert same(final(demo / folder), undisturbed(ranks))
