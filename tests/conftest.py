@@ -24,23 +24,20 @@ SCRIPTS = ('train.py', 'evaluate.py', 'flops.py', 'prepare.py')
 sys.path.insert(0, str(ROOT))
 
 
-def write_video(
-    path, num_frames=40, codec='libx264', size=(48, 64), options=None, pix_fmt='yuv420p', times=None
-):
+def write_video(path, num_frames=40, codec='libx264', size=(48, 64), options=(), pix_fmt='yuv420p', times=()):
     """A video of moving noise in which no two frames are alike; `times` are presentation times in 1/600 s."""
     rng = np.random.default_rng(num_frames)
     texture = rng.integers(0, 256, (size[0], size[1] + num_frames, 3), dtype=np.uint8)
     texture = texture // 4 + np.linspace(0, 190, texture.shape[1]).astype(np.uint8)[None, :, None]
     with av.open(str(path), 'w') as container:
-        stream = container.add_stream(codec, rate=30, options=options or {})
+        stream = container.add_stream(codec, rate=30, options=dict(options))
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
-        if times is not None:
+        if len(times):
             stream.time_base = stream.codec_context.time_base = Fraction(1, 600)
         for i in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(texture[:, i : i + size[1]]), format='rgb24'
-            )
-            if times is not None:
+            picture = np.ascontiguousarray(texture[:, i : i + size[1]])
+            frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
+            if len(times):
                 frame.pts, frame.time_base = times[i], Fraction(1, 600)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -61,6 +58,19 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def latest(folder, name='latest'):
+    """What a run has saved."""
+    import torch
+
+    return torch.load(folder / f'{name}.pth', weights_only=True)
+
+
+def records(folder, key=''):
+    """What a run has logged: all its records, or those with this key."""
+    lines = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())
+    return [record for record in lines if not key or key in record]
 
 
 # Has imported what a command imports, and forks for each that it is told of, as a start of PyTorch takes 3
@@ -180,9 +190,8 @@ def fails(demo, monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit:
             main(arguments.split())
         assert exit.value.code == code
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1
-        return lines[-1]
+        [line] = capsys.readouterr().err.strip().splitlines()
+        return line
 
     return call
 

@@ -1,13 +1,11 @@
 """What a fork does first: a third source, and another backbone. Each is a copy of the program with the edits
 below, run as commands; they break where the program moves on, and are then to be brought up to date."""
 
-import json
 import shutil
-import signal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import ROOT, SMALL, latest, records, run
 
 # Another image set, `place`, with its own classes and a head of one layer. A source's name is singular, like
 # `video`: its head is `place_head`, its flags --place-list and --places-per-gpu.
@@ -82,19 +80,6 @@ RESNET18 = {
 
 OPTIONS = f'{SMALL} --workers 0 --val-list video_val.txt'
 
-# Asks itself to stop, as a scheduler does, in the third step.
-STOPS = """
-import os, signal, train
-steps, train_step = [], train.train_step
-def stopping(*args):
-    steps.append(None)
-    if len(steps) == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return train_step(*args)
-train.train_step = stopping
-train.main()
-"""
-
 
 @pytest.fixture
 def fork(demo, tmp_path, monkeypatch):
@@ -109,12 +94,10 @@ def fork(demo, tmp_path, monkeypatch):
         for file, places in edits.items():
             text = (tmp_path / file).read_text()
             for place in places.strip('\n').split('\n\n'):
-                old, new = (
-                    '\n'.join(['', *(line[1:] for line in place.splitlines() if line[0] in kept), ''])
-                    for kept in (' -', ' +')
-                )
-                assert text.count(old) == 1, f'{file} has no longer, or no longer once:{old}'
-                text = text.replace(old, new)
+                lines = place.splitlines()
+                old, new = ('\n'.join(line[1:] for line in lines if line[0] in kept) for kept in (' -', ' +'))
+                assert text.count(f'\n{old}\n') == 1, f'{file} has no longer, or no longer once:\n{old}'
+                text = text.replace(f'\n{old}\n', f'\n{new}\n')
             (tmp_path / file).write_text(text)
         for name in ('data', 'few.txt'):
             (tmp_path / name).symlink_to(demo / name)
@@ -125,13 +108,12 @@ def fork(demo, tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize('ranks', [1, 2])
-def test_a_third_source(fork, ranks):
+def test_a_third_source(fork):
     folder = fork(THIRD_SOURCE)
-    for split, count in (('train', 20), ('val', 6)):  # images of the demo, their classes counted backwards
-        lines = (folder / f'data/demo/image_{split}.txt').read_text().splitlines()[:count]
-        lines = [f'{path} {3 - int(label)}\n' for path, label in (line.split() for line in lines)]
-        (folder / f'place_{split}.txt').write_text(''.join(lines))
+    for split in ('train', 'val'):  # images of the demo, their classes counted backwards
+        pairs = map(str.split, (folder / f'data/demo/image_{split}.txt').read_text().splitlines())
+        lines = [f'{path} {3 - int(label)}' for path, label in pairs]
+        (folder / f'place_{split}.txt').write_text('\n'.join(lines))
     names = (folder / 'data/demo/image_labels.txt').read_text().split()[::-1]
     (folder / 'place_labels.txt').write_text('\n'.join(names))
     options = (
@@ -139,44 +121,32 @@ def test_a_third_source(fork, ranks):
         '--place-list place_train.txt --place-root data/demo/images_train --place-labels place_labels.txt '
         '--place-val-list place_val.txt --place-val-root data/demo/images_val'
     )
-    output = run(f'./train.py {options} --work-dir whole', folder, ranks=ranks).stdout
-    assert f'{ranks} x 5 images and {ranks} x 2 places' in output
-    records = [json.loads(line) for line in (folder / 'whole/log.jsonl').read_text().splitlines()]
-    assert len(records) == 2 * (4 // ranks) + 1
-    assert all(0 < r['place_loss'] < r['loss'] and 0 <= r['place_top1'] <= 1 for r in records[:-1])
-    assert records[-1]['mode'] == 'val' and {'video_top1', 'image_top1', 'place_top1'} < set(records[-1])
+    line = f'./train.py {options} --val-interval 1 --work-dir run'
+    output = run(line, folder, ranks=2).stdout
+    assert '2 x 5 images and 2 x 2 places' in output
+    steps, validations = records(folder / 'run', 'step'), records(folder / 'run', 'mode')
+    assert len(steps) == 4 and len(validations) == 2
+    assert all(0 < r['place_loss'] < r['loss'] and 0 <= r['place_top1'] <= 1 for r in steps)
+    assert {'video_top1', 'image_top1', 'place_top1'} < validations[0].keys()
 
-    (folder / 'stops.py').write_text(STOPS)
-    status = 128 + signal.SIGTERM
-    run(f'./stops.py {options} --work-dir stopped', folder, expect=status, ranks=ranks)
-    saved = torch.load(folder / 'stopped/latest.pth', weights_only=True)
-    assert saved['step'] == 3
-    output = run(f'./train.py {options} --work-dir stopped --resume', folder, ranks=ranks).stdout
-    assert 'resuming from stopped/latest.pth' in output
-    ends = [torch.load(folder / f'{name}/latest.pth', weights_only=True) for name in ('whole', 'stopped')]
-    assert ends[0]['place_labels'] == names and ends[0]['model']['place_head.bias'].shape == (4,)
-    assert ends[1]['best'] == ends[0]['best']
+    whole = latest(folder / 'run')
+    assert whole['place_labels'] == names and whole['model']['place_head.bias'].shape == (4,)
+    (folder / 'run/epoch_1.pth').replace(folder / 'run/latest.pth')
+    output = run(f'{line} --resume', folder, ranks=2).stdout
+    assert 'resuming from run/latest.pth' in output and '8 videos of 8 classes, 10 clips x 3 crops' in output
+    resumed = latest(folder / 'run')
+    assert resumed['best'] == whole['best']
     for part in ('model', 'optimizer'):
-        torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
-    if ranks == 1:
-        line = './evaluate.py --ckpt stopped/latest.pth --clips 2 --crops 1 --workers 0'
-        assert '8 videos of 8 classes, 2 clips x 1 crops' in run(line, folder).stdout
+        torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
 
 
 def test_another_backbone(fork):
     folder = fork(RESNET18)
-    for ranks in (1, 2):
-        options = f'{OPTIONS} --epochs 1 --videos-per-gpu {8 // ranks} --work-dir by{ranks}'
-        options += ' --no-validate' if ranks == 1 else ''
-        output = run(f'./train.py {options}', folder, ranks=ranks).stdout
-        assert 'epoch 1/1 step 2/2' in output
-    assert 'classes, 10 clips x 3 crops' in output
-    assert 'validation  video_top1' in output and 'image_top1' in output
-    weights = torch.load(folder / 'by2/latest.pth', weights_only=True)['model']
-    assert weights['backbone.layer4.1.conv2.weight'].shape == (512, 512, 3, 3)
+    options = f'{OPTIONS} --epochs 1 --videos-per-gpu 4 --work-dir run'
+    output = run(f'./train.py {options}', folder, ranks=2).stdout
+    assert 'epoch 1/1 step 2/2' in output and 'validation  video_top1' in output and 'image_top1' in output
+    assert '8 videos of 8 classes, 10 clips x 3 crops' in output and '12 images of 4 classes' in output
+    assert latest(folder / 'run')['model']['backbone.layer4.1.conv2.weight'].shape == (512, 512, 3, 3)
     clip, photo = 'data/demo/videos_val/dots_falling_000.mp4', 'data/demo/images_val/dots_000.jpg'
-    evaluate = '--ckpt by2/best.pth --clips 2 --workers 0'
-    lines = evaluate, f'{evaluate} --images', f'{evaluate} {clip} {photo}'
-    output = ''.join(run(f'./evaluate.py {line}', folder).stdout for line in lines)
-    assert '8 videos of 8 classes, 2 clips x 3 crops' in output and '12 images of 4 classes' in output
+    output = run(f'./evaluate.py --ckpt run/best.pth --clips 2 --workers 0 {clip} {photo}', folder).stdout
     assert f'{clip} (video)\n' in output and f'{photo} (image)\n' in output

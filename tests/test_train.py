@@ -3,14 +3,13 @@
 import copy
 import json
 import re
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DOCS, SMALL, run
+from conftest import DOCS, ROOT, SMALL, latest, records, run
 
 import data
 import evaluate
@@ -18,15 +17,15 @@ import train
 from model import OmniSlowOnly
 from runtime import distributed, sources
 from runtime.distributed import join
-from runtime.log import Log, say_cpu_cost
+from runtime.log import Log, introduce
 
-REFERENCE = Path(__file__).parent / 'reference'
-QUICK = f'{SMALL} --workers 1 --videos-per-gpu 8 --images-per-gpu 8'
+QUICK = f'train.py {SMALL} --workers 1 --videos-per-gpu 8 --images-per-gpu 8'
+TRAINED = 'train.py --demo --width 8 --size 28 --clip-len 2 --workers 1 --images-per-gpu 8'
 
 
 @pytest.mark.quick
 def test_learning_rate_equals_the_reference():
-    expected = json.loads((REFERENCE / 'lr.json').read_text())
+    expected = json.loads((ROOT / 'tests/reference/lr.json').read_text())
     recipe, small = expected['recipe'], expected['small']
     for step, rate in zip(recipe['iteration'], recipe['lr'], strict=True):
         assert train.learning_rate(step, recipe['iters_per_epoch']) == pytest.approx(rate, rel=1e-9)
@@ -38,33 +37,37 @@ def test_the_defaults_are_the_published_recipe():
     args = train.parse_args([])
     assert (args.epochs, args.warmup_epochs, args.videos_per_gpu, args.lr) == (256, 34, 16, 0.1)
     assert (args.momentum, args.weight_decay, args.clip_norm) == (0.9, 1e-4, 40)
-    assert (args.clip_len, args.frame_interval, args.size, args.layers, args.width) == (
-        8,
-        8,
-        224,
-        [3, 4, 6, 3],
-        64,
-    )
-    assert (args.val_interval, args.save_minutes) == (4, 10)
+    assert (args.clip_len, args.frame_interval, args.size) == (8, 8, 224)
+    assert (args.layers, args.width, args.val_interval, args.save_minutes) == ([3, 4, 6, 3], 64, 4, 10)
+
+
+def class_folders(demo, list_file, files, target, prefix=''):
+    """Make a folder of class folders from a list."""
+    for line in (demo / list_file).read_text().splitlines():
+        name, label = line.split()
+        folder = demo / target / f'{prefix}{label}'
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(demo / 'data/demo' / files / name)
 
 
 @pytest.fixture(scope='module')
 def trained(demo):
     """A short run of the demo; gives its folder and what it printed."""
-    line = 'train.py --demo --width 8 --size 28 --clip-len 2 --workers 1 --images-per-gpu 8'
-    return demo, run(f'{line} --epochs 5 --log-interval 2', demo).stdout
+    return demo, run(f'{TRAINED} --epochs 5 --log-interval 2', demo).stdout
 
 
 @pytest.mark.quick
 def test_demo_trains_validates_and_tests(trained):
     folder, output = trained
-    assert 'reusing the set' in output
-    assert (
-        '32 videos of 8 classes: stripes rising (4), ' in output and 'an epoch sees 32 videos, 1 t' in output
-    )
-    assert '16 videos of 8 classes, 10 clips x 3 crops' in output
-    assert '12 images of 4 classes, centre crop' in output
-    assert '\nevaluate.py --ckpt work_dirs/demo/latest.pth  (30 views of each video; ' in output
+    for line in (
+        'reusing the set',
+        '32 videos of 8 classes: stripes rising (4), ',
+        '10 steps are few for a network that learns from nothing; --epochs 150 makes 300',
+        '16 videos of 8 classes, 10 clips x 3 crops',
+        '12 images of 4 classes, centre crop',
+        '\nevaluate.py --ckpt work_dirs/demo/latest.pth  (30 views of each video; ',
+    ):
+        assert line in output
     assert 'image_top1' in output and 'image_top5' not in output and 'video_top5' in output  # of four classes
     own, last = output.strip().splitlines()[-2:]
     assert last == 'Next: python evaluate.py --ckpt work_dirs/demo/latest.pth --dump result.pkl'
@@ -79,40 +82,19 @@ def test_demo_trains_validates_and_tests(trained):
 def test_work_folder(trained):
     folder = trained[0] / 'work_dirs/demo'
     assert {p.name for p in folder.glob('*.pth')} == {'epoch_4.pth', 'epoch_5.pth', 'best.pth', 'latest.pth'}
-    records = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    steps = [r for r in records if 'step' in r]
+    steps = records(folder, 'step')
     assert [(r['epoch'], r['step']) for r in steps] == [(e, 2) for e in range(1, 6)]
     assert all(np.isfinite(r['loss']) and r['time'] >= r['data_time'] >= 0 for r in steps)
-    keys = {
-        'epoch',
-        'step',
-        'lr',
-        'loss',
-        'video_loss',
-        'image_loss',
-        'video_top1',
-        'image_top1',
-        'grad_norm',
-    }
-    assert keys < set(steps[0])
-    assert [r['epoch'] for r in records if r.get('mode') == 'val'] == [4, 5]
-    checkpoint = torch.load(folder / 'latest.pth', weights_only=True)
+    keys = 'epoch step lr loss video_loss image_loss video_top1 image_top1 grad_norm'
+    assert {*keys.split()} < steps[0].keys()
+    assert [r['epoch'] for r in records(folder, 'mode')] == [4, 5]
+    checkpoint = latest(folder)
     assert checkpoint['epoch'] == 5 and checkpoint['settings']['val_list'] == 'data/demo/video_val.txt'
-
-
-def test_the_last_three_checkpoints_are_kept(demo):
-    options = '--val-interval 1 --no-validate --auto-scale-lr --lr 0.1 --no-flip'
-    output = run(f'train.py {QUICK} --epochs 5 {options} --work-dir kept', demo).stdout
-    assert 'learning rate 0.00625' in output  # for 8 videos a step
-    names = {p.name for p in (demo / 'kept').glob('*.pth')}
-    assert names == {'epoch_3.pth', 'epoch_4.pth', 'epoch_5.pth', 'latest.pth'}
-    assert '10 steps are few for a network that learns from nothing; --epochs 150 makes 300' in output
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_mixed_precision(demo, precision):
-    line = f'train.py {QUICK} --clip-len 2 --images-per-gpu 4 --epochs 1 --no-validate'
-    output = run(f'{line} --precision {precision} --work-dir {precision}', demo).stdout
+    output = run(f'{QUICK} --epochs 1 --no-validate --precision {precision} --work-dir mixed', demo).stdout
     assert f'{precision} (as asked)' in output and 'epoch 1/1 step 2/2' in output
 
 
@@ -120,58 +102,32 @@ def test_fine_tuning_takes_all_but_the_heads_that_differ(trained):
     folder = trained[0]
     lines = [line.rsplit(' ', 1) for line in (folder / 'data/demo/video_train.txt').read_text().splitlines()]
     (folder / 'three.txt').write_text(''.join(f'{path} {int(label) % 3}\n' for path, label in lines))
-    (folder / 'three names.txt').write_text('one\ntwo\nthree\n')
-    line = f'train.py {QUICK} --video-list three.txt --work-dir tuned --epochs 1 --lr 1e-30 --no-validate'
-    command = [*line.split(), '--video-labels', 'three names.txt', '--init', 'work_dirs/demo/latest.pth']
-    output = run(command, folder).stdout
-    assert 'starting from work_dirs/demo/latest.pth, with a new head for videos' in output
-    before, after = (
-        torch.load(folder / f'{name}/latest.pth', weights_only=True) for name in ('work_dirs/demo', 'tuned')
-    )
-    assert after['video_labels'] == ['one', 'two', 'three'] and after['model']['video_head.4.bias'].shape == (
-        3,
-    )
-    for key in ('conv1.weight', 'layer4.0.conv1.weight', 'image_head.2.weight'):
-        assert torch.equal(before['model'][key], after['model'][key])
-    names = (folder / 'data/demo/video_labels.txt').read_text().splitlines()
-    (folder / 'reversed.txt').write_text('\n'.join(names[::-1]))
-    line = f'train.py {QUICK} --video-labels reversed.txt --work-dir reversed --epochs 1 --no-validate'
-    output = run(f'{line} --init work_dirs/demo/latest.pth', folder).stdout
+    (folder / 'names.txt').write_text('one\ntwo\nthree\n')
+    options = '--video-list three.txt --video-labels names.txt --init work_dirs/demo/latest.pth --lr 1e-30'
+    output = run(f'{QUICK} --epochs 1 --no-validate {options} --work-dir tuned', folder).stdout
     assert 'starting from work_dirs/demo/latest.pth, with a new head for videos\n' in output
-    line = '2 steps are few for a new head (video), which learns from nothing; --epochs 150 makes 300'
-    assert line in output
-    line = 'train.py --demo --init work_dirs/demo/latest.pth --work-dir wide --epochs 1 --workers 1'
-    result = run(f'{line} --width 24', folder, expect=1)
-    assert 'work_dirs/demo/latest.pth: weight conv1.weight is (8, 3, 7, 7)' in result.stderr
-    assert result.stderr.endswith('; it needs --width 8 --layers 1 1 1 1\n')
-    for _ in range(2):  # the size is read off the file, and again where the line starts a run anew
-        assert 'are few' not in run(f'{line} --no-validate --resume', folder).stdout
-    settings = torch.load(folder / 'wide/latest.pth', weights_only=True)['settings']
-    assert (settings['width'], settings['layers']) == (8, [1, 1, 1, 1])
+    assert '4 steps are few for a new head (video), which learns from nothing; --epochs 75 ' in output
+    before, after = latest(folder / 'work_dirs/demo')['model'], latest(folder / 'tuned')
+    assert after['video_labels'] == ['one', 'two', 'three'] and len(after['model']['video_head.4.bias']) == 3
+    for key in ('conv1.weight', 'layer4.0.conv1.weight', 'image_head.2.weight'):
+        assert torch.equal(before[key], after['model'][key])
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(trained):
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     events = accumulator.EventAccumulator(str(trained[0] / 'work_dirs/demo')).Reload()
-    records = [
-        json.loads(line) for line in (trained[0] / 'work_dirs/demo/log.jsonl').read_text().splitlines()
-    ]
-    losses = [record['video_loss'] for record in records if 'step' in record]
+    losses = [record['video_loss'] for record in records(trained[0] / 'work_dirs/demo', 'step')]
     assert [event.value for event in events.Scalars('train/video_loss')] == pytest.approx(losses, rel=1e-5)
     assert [event.step for event in events.Scalars('val/video_top1')] == [8, 10]
 
 
 def test_videos_alone_from_class_folders(demo):
-    for line in (demo / 'few.txt').read_text().splitlines():
-        name, label = line.split()
-        (demo / f'folders/class {int(label) % 3}').mkdir(parents=True, exist_ok=True)
-        (demo / f'folders/class {int(label) % 3}/{name}').symlink_to(demo / f'data/demo/videos_train/{name}')
-    options = '--video-only --no-validate --work-dir video --video-list folders --val-list folders'
-    line = f'train.py {QUICK} --epochs 1 {options}'
-    output = run([*line.split(), '--video-labels', ''], demo).stdout
-    assert '16 videos of 3 classes' in output and 'image' not in output.split('epoch 1/1')[1]
-    checkpoint = torch.load(demo / 'video/latest.pth', weights_only=True)
-    assert checkpoint['video_labels'] == ['class 0', 'class 1', 'class 2']
+    class_folders(demo, 'few.txt', 'videos_train', 'folders', 'class ')
+    options = '--video-only --no-validate --video-list folders --val-list folders --video-labels='
+    output = run(f'{QUICK} --epochs 1 {options} --work-dir video', demo).stdout
+    assert '16 videos of 8 classes' in output and 'image' not in output.split('epoch 1/1')[1]
+    checkpoint = latest(demo / 'video')
+    assert checkpoint['video_labels'] == [f'class {number}' for number in range(8)]
     assert not any(key.startswith('image_head') for key in checkpoint['model'])
     output = run('evaluate.py --ckpt video/latest.pth --clips 1 --crops 1', demo).stdout
     assert '16 videos' in output and 'taken for class' in output
@@ -179,97 +135,77 @@ def test_videos_alone_from_class_folders(demo):
     assert 'no head for images' in result.stderr
 
 
-def test_images_first_then_videos(demo):
-    """An image-only run, and a run that starts from its weights."""
-    run(f'train.py {QUICK} --epochs 2 --image-only --work-dir images', demo)
-    saved = torch.load(demo / 'images/best.pth', weights_only=True)
-    assert 'video_labels' not in saved and len(saved['image_labels']) == 4
-    state = saved['model']
-    assert not any(key.startswith('video_head') for key in state)
-    assert torch.equal(state['bn1.running_mean'], torch.zeros(8))
-    assert (
-        '12 images of 4 classes, centre crop'
-        in run('evaluate.py --ckpt images/best.pth --images', demo).stdout
-    )
-    records = [json.loads(line) for line in (demo / 'images/log.jsonl').read_text().splitlines()]
-    assert (records[0]['epoch'], records[0]['step']) == (1, 5) and 'video_loss' not in records[0]
-
-    line = f'train.py {QUICK} --epochs 1 --lr 1e-30 --no-validate --video-only --work-dir then_videos'
-    run(f'{line} --init-2d images/best.pth', demo)
-    started = torch.load(demo / 'then_videos/latest.pth', weights_only=True)['model']
-    for key in ('conv1.weight', 'layer4.0.conv1.weight'):
-        assert torch.equal(started[key], state[key])
-    given = state['layer3.0.bn2.image_running_var']
-    assert torch.equal(started['layer3.0.bn2.image_running_var'], given)  # no image has come since
-    assert not torch.isclose(started['layer3.0.bn2.running_var'], given).any()  # of the videos alone
-
-
-def test_images_first_then_jointly(demo, tmp_path):
-    """The README's two lines, each twice; the second goes on from all that images have taught."""
-    for name in ('data', 'few.txt'):
-        (tmp_path / name).symlink_to(demo / name)
+def test_images_first_then_jointly_or_videos(demo):
+    """The README's two lines, each twice, and --init-2d, go on from all that images have taught."""
+    options = f'{QUICK} --epochs 1 --lr 1e-30 --work-dir both'
     lines = DOCS.split('<!-- images first -->\n```\n')[1].split('\n```')[0].splitlines()
-    for line in lines:
-        flags = f'{QUICK} --epochs 1 --lr 1e-30 --no-validate {line.split("train.py ")[1]}'
-        output = [run(f'train.py {flags}', tmp_path).stdout for _ in range(2)]
+    for line, quick in zip(lines, ('', '--no-validate'), strict=True):
+        output = [run(f'{options} {quick} {line.split("train.py ")[1]}', demo).stdout for _ in range(2)]
         assert 'starting afresh' in output[0] and 'resuming from' in output[1]
-    images, both = (torch.load(path, weights_only=True)['model'] for path in tmp_path.glob('*/*/latest.pth'))
-    if 'video_head.0.weight' in images:
-        images, both = both, images
-    assert 'video_head.0.weight' in both
-    learned = [key for key in images if 'running' not in key and 'num_batches' not in key]
+    run(f'{options} --no-validate --video-only --work-dir videos --init-2d work_dirs/images/best.pth', demo)
+    assert '12 images' in run('evaluate.py --ckpt work_dirs/images/best.pth --images', demo).stdout
+    [record] = records(demo / 'work_dirs/images', 'step')
+    assert (record['epoch'], record['step']) == (1, 5) and 'video_loss' not in record
+
+    given = latest(demo / 'work_dirs/images')
+    assert 'video_labels' not in given and len(given['image_labels']) == 4
+    given, both, videos = (latest(demo / name)['model'] for name in ('work_dirs/images', 'both', 'videos'))
+    assert not any(key.startswith('video_head') for key in given) and 'video_head.0.weight' in both
+    assert not given['bn1.running_mean'].any()
+    learned = [key for key in given if 'running' not in key and 'num_batches' not in key]
     assert 'image_head.2.weight' in learned
-    assert all(torch.allclose(both[key], images[key], rtol=0, atol=1e-9) for key in learned)
+    assert all(torch.allclose(both[key], given[key], rtol=0, atol=1e-9) for key in learned)
+    for key in ('conv1.weight', 'layer4.0.conv1.weight'):
+        assert torch.equal(videos[key], given[key])
+    variance = given['layer3.0.bn2.image_running_var']
+    assert torch.equal(videos['layer3.0.bn2.image_running_var'], variance)  # no image has come since
+    assert not torch.isclose(videos['layer3.0.bn2.running_var'], variance).any()  # of the videos alone
 
 
 def test_two_processes(demo):
     """Both ranks end with the same weights, and together draw what the sampler says."""
     code = """
-import data, json, os, torch, train
+import data, os, torch, train
 paths, collate = [], data.collate
 def recording(samples):
-    paths.append([sample.path for _, sample in samples])
+    paths.append([os.path.basename(sample.path) for _, sample in samples])
     return collate(samples)
 data.collate = recording
-network = train.main()
-rank = os.environ['RANK']
-torch.save(network.state_dict(), f'rank{rank}.pth')
-json.dump(paths, open(f'rank{rank}.json', 'w'))
+torch.save([train.main().state_dict(), paths], f'rank{os.environ["RANK"]}.pth')
 """
-    options = '--epochs 2 --workers 0 --videos-per-gpu 4 --images-per-gpu 5 --seed 3'
+    options = '--epochs 2 --workers 0 --videos-per-gpu 4 --images-per-gpu 5 --seed 3 --work-dir pair'
     run(['-c', code, *f'{SMALL} {options}'.split()], demo, ranks=2)
-    ranks = [torch.load(demo / f'rank{rank}.pth', weights_only=True) for rank in (0, 1)]
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    (first, *drawn), (second, *others) = (latest(demo, f'rank{rank}') for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
-    lists = [(demo / name).read_text().split('\n') for name in ('few.txt', 'data/demo/image_train.txt')]
-    for rank in (0, 1):
-        drawn = json.loads((demo / f'rank{rank}.json').read_text())
-        sampler = data.JointSampler({'video': 16, 'image': 40}, {'video': 4, 'image': 5}, 2, seed=3)
-        expected = [
-            [lists[source == 'image'][index].rsplit(' ', 1)[0] for source, _, index in sampler.batch(s, rank)]
-            for s in range(4)
-        ]
-        assert [[Path(path).name for path in batch] for batch in drawn] == expected
+    names = {'video': 'few.txt', 'image': 'data/demo/image_train.txt'}
+    names = {key: [line.split()[0] for line in (demo / name).open()] for key, name in names.items()}
+    sampler = data.JointSampler({'video': 16, 'image': 40}, {'video': 4, 'image': 5}, 2, seed=3)
+    for rank, paths in enumerate(drawn + others):
+        keys = [sampler.batch(step, rank) for step in range(4)]
+        assert paths == [[names[source][index] for source, _, index in batch] for batch in keys]
 
 
-def test_a_step_of_the_full_network_on_a_cpu_is_announced(demo, monkeypatch, capsys):
+def test_a_run_says_what_it_is_about_to_do(demo, monkeypatch, capsys):
     monkeypatch.chdir(demo)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
-    lists = ''
-    for source in ('video', 'image'):
-        lists += f'--{source}-list data/demo/{source}_train.txt --{source}-root data/demo/{source}s_train '
+    paths = '--{0}-list data/demo/{0}_train.txt --{0}-root data/demo/{0}s_train'
     for options, expected in (
         ('', 'a step takes about 128 seconds and 21 GB: --width 16 --size 112, or smaller'),
+        ('', "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr"),
+        ('', 'an epoch sees 170 images, 4.25 times the set'),
         ('--accumulate 2 --freeze --init a.pth --width 64 --layers 3 4 6 3', 'about 85 seconds and 2 GB'),
         ('--width 16 --size 112', ''),
         ('--videos-per-gpu 2 --images-per-gpu 2 --size 112', ''),
     ):
-        args = train.parse_args((lists + options).split())
+        args = train.parse_args(f'{paths.format("video")} {paths.format("image")} {options}'.split())
         opened = sources.open_sources(args)
+        per_gpu = {source.name: source.per_gpu for source in opened}
+        sampler = data.JointSampler({'video': 32, 'image': 40}, per_gpu, args.accumulate)
         capsys.readouterr()
-        say_cpu_cost(args, opened, 'cpu')
+        introduce(args, opened, sampler, 'cpu', None, 0)
         output = capsys.readouterr().out
-        assert expected in output and bool(expected) == bool(output)
+        assert expected in output and bool(expected) == ('on this CPU' in output)
 
 
 def test_an_unreadable_file_does_not_end_the_run(demo):
@@ -278,7 +214,8 @@ def test_an_unreadable_file_does_not_end_the_run(demo):
     (demo / 'data/demo/videos_train' / name).write_bytes(b'\0' * 1000)
     text = '\r\n'.join([*lines, '', f'{name} 3  '])
     (demo / 'torn.txt').write_text(text, errors='surrogateescape')
-    output = run(f'train.py {QUICK} --epochs 3 --video-list torn.txt --work-dir torn', demo).stdout
+    options = '--epochs 3 --no-validate --video-list torn.txt --work-dir torn'
+    output = run(f'{QUICK} {options}', demo).stdout
     assert '1 unreadable samples were replaced, see torn/bad_samples.txt' in output
     listed = (demo / 'torn/bad_samples.txt').read_text(errors='surrogateescape').splitlines()
     assert all(line.startswith(f'data/demo/videos_train/{name}: ') for line in listed) and listed
@@ -288,35 +225,18 @@ def test_too_many_unreadable_files_end_the_run(demo):
     lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
     (demo / 'data/demo/videos_train/zeros.mp4').write_bytes(b'\0' * 1000)
     (demo / 'many.txt').write_text('\n'.join([*lines, *['zeros.mp4 3'] * 60]))
-    result = run(f'train.py {QUICK} --epochs 3 --video-list many.txt --work-dir many', demo, expect=1)
-    assert re.search(
-        r'\d+ of the \d+ samples .* unreadable, more than --max-bad 0.01 allows; .* many/bad_samples.txt',
-        result.stderr,
-    )
-    assert 'Traceback' not in result.stderr
+    error = run(f'{QUICK} --epochs 3 --video-list many.txt --work-dir many', demo, expect=1).stderr
+    line = r'\d+ of the \d+ samples .* unreadable, more than --max-bad 0.01 allows; .* many/bad_samples.txt'
+    assert re.search(line, error) and 'Traceback' not in error
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(demo):
-    run(f'train.py {QUICK} --epochs 1 --work-dir broken', demo)
-    before = torch.load(demo / 'broken/latest.pth', weights_only=True)
-    result = run(f'train.py {QUICK} --epochs 9 --work-dir broken --lr 1e38 --resume', demo, expect=1)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
+    line = f'{TRAINED} --epochs 9 --lr 1e38 --resume work_dirs/demo/latest.pth --work-dir broken'
+    result = run(line, trained[0], expect=1)
     assert 'changed since the checkpoint: lr 0.05 -> 1e+38' in result.stdout
-    assert re.search(
-        r'loss is not finite in epoch 2 step \d, rank 0; .* its \d+ files:\n  data/demo/videos_train',
-        result.stderr,
-    )
-    assert 'Traceback' not in result.stderr
-    after = torch.load(demo / 'broken/latest.pth', weights_only=True)
-    assert all(torch.equal(after['model'][key], value) for key, value in before['model'].items())
-
-
-def test_the_fused_step_leaves_weights_alone_where_told():
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], 0.1, 0.9, weight_decay=0.1, fused=True)
-    weight.grad = torch.full((3,), float('nan'))
-    optimizer.found_inf = torch.ones(())
-    optimizer.step()
-    assert torch.equal(weight, torch.ones(3))
+    line = r'loss is not finite in epoch 6 step \d, rank 0; .* its \d+ files:\n  data/demo/videos_train'
+    assert re.search(line, result.stderr) and 'Traceback' not in result.stderr
+    assert not list((trained[0] / 'broken').glob('*.pth'))
 
 
 @pytest.mark.parametrize(
@@ -329,11 +249,8 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
         ('--demo --image-val-list typo.txt', r'typo.txt: no such list or .* \(--image-val-list\)'),
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
-        ('--demo --image-val-root typo', 'typo/.*: no such file, .* --image-val-root names the folder'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
         ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
-        ('--demo --resume small_text.pth', 'small_text.pth: not a checkpoint'),
-        ('--demo --resume other.pth', 'other.pth: weights, but no run to resume; --init'),
         ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
         ('--demo --freeze --resume', '--freeze needs trained weights: name them with --init or --init-2d'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
@@ -346,10 +263,8 @@ def test_the_fused_step_leaves_weights_alone_where_told():
         ('--demo --momentum 5 --lr 1', "'5' is not a number of at least 0, below 1"),
         ('--demo --lr 1 --work-dir=', '--work-dir must not be empty'),
         ('--demo --lr 1 --epoks 3', 'unrecognized arguments: --epoks 3; did you mean --epochs\\?'),
-        (
-            '--lr 1 --video-list data --video-root data',
-            '--video-list is a folder of class folders, --video-root is for',
-        ),
+        ('--lr 1 --video-list data --video-root data', '--video-list is a folder .*, --video-root is'),
+        ('--demo --work-dir taken', 'taken: no checkpoint in it can be resumed'),
     ],
 )
 def test_bad_input_gets_one_line(demo, fails, arguments, message):
@@ -358,11 +273,10 @@ def test_bad_input_gets_one_line(demo, fails, arguments, message):
     (demo / 'gone.txt').write_text('gone.mp4 1\n')
     (demo / 'one_class.txt').write_text('stripes_000.jpg 0\nstripes_001.jpg 0\n')
     (demo / 'huge.txt').write_text('stripes_000.jpg 0\nstripes_001.jpg 1000000\n')
-    (demo / 'small_text.pth').write_text('hello')
-    state = {'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}
-    torch.save(state, demo / 'other.pth')
-    flags = ('epochs', 'lr', 'momentum', '--size', 'only')
-    usage = any(flag in arguments for flag in flags)
+    torch.save({'model': {'conv1.weight': torch.zeros(3)}, 'optimizer': {}}, demo / 'other.pth')
+    (demo / 'taken').mkdir(exist_ok=True)
+    (demo / 'taken/latest.pth').touch()
+    usage = any(flag in arguments for flag in ('epochs', 'lr', 'momentum', '--size', 'only'))
     work_dir = '' if 'work-dir' in arguments else '--work-dir mistakes'
     assert re.search(message, fails(train.main, f'{arguments} {work_dir}', code=2 if usage else 1))
 
@@ -383,22 +297,6 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     with pytest.raises(SystemExit, match='train.py: 2 processes for the 1 GPUs here: --nproc_per_node=1'):
         join('train.py')
-
-
-def test_the_log_is_json_whatever_the_numbers(tmp_path):
-    log = Log(str(tmp_path), torch.device('cpu'))
-    log.write({'step': 3, 'grad_norm': float('inf'), 'loss': float('nan')}, 'train')
-    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 3, "grad_norm": null, "loss": null}\n'
-
-
-def test_a_run_is_not_overwritten_unasked(demo, fails):
-    (demo / 'taken').mkdir()
-    (demo / 'taken/latest.pth').touch()
-    lists = ' '.join(
-        f'--{k}-list data/demo/{v}_train.txt --{k}-root data/demo/{v}s_train'
-        for k, v in (('video', 'video'), ('image', 'image'), ('val', 'video'))
-    )
-    assert 'taken: no checkpoint in it can be resumed' in fails(train.main, f'{lists} --work-dir taken')
 
 
 def test_the_recipes_do_what_they_say():
@@ -458,44 +356,36 @@ def test_the_recipes_do_what_they_say():
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_statistics_of_the_first_steps_are_averaged_evenly(demo, accumulate):
+def test_statistics_of_the_first_steps_are_averaged_evenly(demo, monkeypatch, accumulate):
     """Those of the first layer by hand, over a run whose weights stand still."""
+    monkeypatch.chdir(demo)
     options = f'--epochs 1 --lr 1e-30 --videos-per-gpu 4 --images-per-gpu 5 --accumulate {accumulate}'
-    folder = f'even{accumulate}'
-    run(f'train.py {SMALL} --workers 1 {options} --no-validate --work-dir {folder}', demo)
-    saved = torch.load(demo / f'{folder}/latest.pth', weights_only=True)['model']
-    torch.manual_seed(0)
-    network = OmniSlowOnly(8, 4, (1, 1, 1, 1), 8)
-    root = f'{demo}/data/demo'
-    videos = sources.read_list(f'{demo}/few.txt', f'{root}/videos_train', videos=True)
-    images = sources.read_list(f'{root}/image_train.txt', f'{root}/images_train')
-    joint = data.JointDataset(
-        {
-            'video': data.VideoDataset(videos, clip_len=4, frame_interval=2, size=28),
-            'image': data.ImageDataset(images, size=28),
-        }
-    )
+    line = f'{SMALL} --workers 0 {options} --no-validate --work-dir even{accumulate}'
+    network = train.main(line.split())
+    opened = sources.open_sources(train.parse_args(line.split()))
+    joint = data.JointDataset({source.name: source.train for source in opened})
     sampler = data.JointSampler({'video': 16, 'image': 40}, {'video': 4, 'image': 5}, accumulate)
-    means, variances = {'video': [], 'image': []}, {'video': [], 'image': []}
+    seen = {'video': [], 'image': []}
     for keys in (sampler.batch(s, n) for s in range(4 // accumulate) for n in range(accumulate)):
         for source, item in data.collate([joint[key] for key in keys]).items():
             x = item.pixels.float()
             x = x.transpose(1, 2).flatten(0, 1) if source == 'video' else x
             with torch.no_grad():
-                x = network.conv1((x - network.mean) / network.std)
-            means[source].append(x.mean((0, 2, 3)))
-            variances[source].append(x.transpose(0, 1).flatten(1).var(1))
-    assert len(means['video']) == 4
+                x = network.conv1((x - network.mean) / network.std).transpose(0, 1).flatten(1)
+            seen[source].append(torch.stack([x.mean(1), x.var(1)]))
+    assert len(seen['video']) == 4
     for source, prefix in (('video', ''), ('image', 'image_')):
-        for name, values in (('mean', means), ('var', variances)):
-            expected = torch.stack(values[source]).mean(0)
-            ours = saved[f'bn1.{prefix}running_{name}']
-            torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.005)
+        ours = [getattr(network.bn1, f'{prefix}running_{name}') for name in ('mean', 'var')]
+        expected = torch.stack(seen[source]).mean(0)
+        torch.testing.assert_close(torch.stack(ours), expected, rtol=0.01, atol=0.005)
 
 
-def test_nothing_is_mirrored_where_told(demo):
-    samples = sources.read_list(f'{demo}/data/demo/image_train.txt', f'{demo}/data/demo/images_train')
-    either, straight = data.ImageDataset(samples, size=56), data.ImageDataset(samples, size=56, flip=False)
+def test_nothing_is_mirrored_where_told(demo, monkeypatch):
+    monkeypatch.chdir(demo)
+    either, straight = (
+        sources.open_sources(train.parse_args(['--demo', '--size', '56', *flags]))[1].train
+        for flags in ([], ['--no-flip'])
+    )
     pairs = [(either[0, i].pixels, straight[0, i].pixels) for i in range(12)]
     same = [torch.equal(a, b) for a, b in pairs]
     assert any(same) and not all(same)  # the crops are alike, and some are mirrored
@@ -505,35 +395,23 @@ def test_nothing_is_mirrored_where_told(demo):
 def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     """The line as it stands there, on class folders of the demo's files."""
     folder = trained[0]
-    for source, name in (('video', 'my_videos'), ('image', 'my_images')):
-        for split, mine in (('train', name), ('val', f'{name}_val')):
-            lines = (folder / f'data/demo/{source}_{split}.txt').read_text().splitlines()
-            for line in lines[:16] if source == 'video' else lines:
-                file, label = line.split()
-                target = folder / mine / label / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(folder / f'data/demo/{source}s_{split}' / file)
+    class_folders(folder, 'few.txt', 'videos_train', 'my_videos')
+    class_folders(folder, 'data/demo/video_val.txt', 'videos_val', 'my_videos_val')
+    class_folders(folder, 'data/demo/image_train.txt', 'images_train', 'my_images')
     line = DOCS.split('<!-- fine-tune -->\n```\n')[1].split('\n```')[0]
     line = line.replace('\\\n', ' ').replace('python ', '').replace('work_dirs/omni', 'work_dirs/demo')
-    output = run(
-        f'{line} --layers 1 1 1 1 --width 8 --size 28 --clip-len 2 --workers 1 --log-interval 1', folder
-    ).stdout
+    line += ' --size 28 --clip-len 2 --workers 1 --log-interval 1 --val-interval 20'
+    output = run(line, folder).stdout
     assert 'with a new head for images and videos' in output and 'times the recipe' not in output
-    records = [json.loads(line) for line in (folder / 'work_dirs/mine/log.jsonl').read_text().splitlines()]
-    losses = [record['loss'] for record in records if 'step' in record]
+    losses = [record['loss'] for record in records(folder / 'work_dirs/mine', 'step')]
     assert len(losses) == 20 and max(losses) < 1.3 * losses[0] and losses[-1] < losses[0]
-    hasty = (
-        line.replace('0.00125', '0.1').replace('work_dirs/mine', 'hasty').replace('--epochs 20', '--epochs 3')
-    )
-    output = run(
-        f'{hasty} --layers 1 1 1 1 --width 8 --size 28 --clip-len 2 --workers 1 --no-validate', folder
-    ).stdout
-    assert "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr" in output
-    assert 'an epoch sees 85 images, 2.12 times the set' in output
+    assert 'all 20 epochs are done' in run(line, folder).stdout  # the size is read off the file again
+    settings = latest(folder / 'work_dirs/mine')['settings']
+    assert (settings['width'], settings['layers']) == (8, [1, 1, 1, 1])
 
 
-def test_the_readme_s_step_is_the_program_s():
-    """Two steps, in which clipping, momentum and weight decay tell."""
+def test_the_readme_s_step_is_the_program_s_which_skips_what_is_not_finite():
+    """Two steps, in which clipping, momentum and weight decay tell, and one with a bad gradient."""
     code = re.search('```python\n(pixels = .*?)```', DOCS, re.S)[1].replace(', 40)', ', 0.5)')
     torch.manual_seed(0)
     ours = OmniSlowOnly(3, 3, (1, 1, 1, 1), 4)
@@ -552,10 +430,15 @@ def test_the_readme_s_step_is_the_program_s():
     for key, value in network.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value)
 
+    ours.conv1.weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = copy.deepcopy([*ours.parameters()])
+    train.train_step(ours, optimizer, scaler, [batch], [3], device)
+    assert all(map(torch.equal, ours.parameters(), before))
 
-def test_each_step_has_its_rate_and_dropout_and_the_best_epoch_is_kept(demo, monkeypatch):
+
+def test_each_step_has_its_rate_and_dropout_and_the_best_and_last_epochs_are_kept(demo, monkeypatch):
     """The loop itself, with steps that change nothing."""
-    rates, seeds, others, top1 = [], [], [], iter((0.5, 0.75, 0.25))
+    rates, seeds, others, top1 = [], [], [], iter((0.5, 0.75, 0.25, 0.75, 0.5))
 
     def step(network, optimizer, scaler, batches, own_seeds, *options):
         rates.append(optimizer.param_groups[0]['lr'])
@@ -568,26 +451,28 @@ def test_each_step_has_its_rate_and_dropout_and_the_best_epoch_is_kept(demo, mon
     monkeypatch.setattr(train, 'validate', lambda *_: {'video_top1': next(top1)})
     monkeypatch.setattr(Log, 'open_board', lambda *_: None)
     monkeypatch.chdir(demo)
-    options = (
-        '--width 4 --size 28 --clip-len 2 --videos-per-gpu 8 --images-per-gpu 2 --accumulate 2 --epochs 3'
-    )
-    line = f'--demo {options} --val-interval 1 --warmup-epochs 1 --workers 0 --work-dir looped'
+    options = '--epochs 5 --warmup-epochs 1 --auto-scale-lr --val-interval 1 --workers 0 --work-dir looped'
+    line = f'{SMALL} --width 4 --videos-per-gpu 4 --images-per-gpu 2 --accumulate 2 {options}'
     with distributed.processes('train.py') as device:
         train.train(train.parse_args(line.split()), device)
-    assert rates == [train.learning_rate(number, 2, 0.05, 1, 3) for number in range(6)]
-    assert others == [(1.0, 2 * number) for number in range(6)]  # the norm to clip at, batches seen
-    assert len(set(seeds)) == len(seeds) == 12
-    best, latest = (torch.load(f'looped/{name}.pth', weights_only=True) for name in ('best', 'latest'))
-    assert best['epoch'] == 2 and latest['epoch'] == 3 and latest['best'][0] == best['best'][0] == 0.75
+    assert rates == [train.learning_rate(number, 2, 0.05 * 8 / 128, 1, 5) for number in range(10)]
+    assert others == [(1.0, 2 * number) for number in range(10)]  # the norm to clip at, batches seen
+    assert len(set(seeds)) == len(seeds) == 20
+    names = {'epoch_3.pth', 'epoch_4.pth', 'epoch_5.pth', 'best.pth', 'latest.pth'}
+    assert {path.name for path in (demo / 'looped').glob('*.pth')} == names
+    best, last = latest(demo / 'looped', 'best'), latest(demo / 'looped')
+    assert best['epoch'] == 2 and last['epoch'] == 5 and last['best'][0] == best['best'][0] == 0.75
 
 
-def test_a_line_of_the_log_has_the_means_of_all_ranks(tmp_path, monkeypatch):
+def test_a_line_of_the_log_has_the_means_of_all_ranks_and_is_json(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, 'average', lambda tensors: [tensor.add_(1) for tensor in tensors])
     monkeypatch.setattr(Log, 'open_board', lambda *_: None)
     log = Log(str(tmp_path), torch.device('cpu'))
     log.begin(0, 1, 0, 2)
     for loss in (1.0, 2.0):
-        log.add([], [{'video_loss': torch.tensor(loss), 'video_top1': torch.tensor(0.5)}], torch.ones(()))
+        result = {'video_loss': torch.tensor(loss), 'video_top1': torch.tensor(0.5)}
+        log.add([], [result], torch.tensor(torch.inf))
     log.line(0.1, 0)
-    record = json.loads((tmp_path / 'log.jsonl').read_text())
+    [record] = records(tmp_path)
     assert (record['video_loss'], record['video_top1'], record['loss']) == (2.5, 1.5, 2.5)
+    assert (record['grad_norm'], record['skipped']) == (None, 2)  # JSON has no NaN
