@@ -62,6 +62,18 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
+def processes_with(argument):
+    """Everything that runs with this argument: a launcher, its ranks, their workers."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            if argument.encode() in path.read_bytes().split(b'\0'):
+                found.append(int(path.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
 # Has imported what a command imports, and forks for each that it is told of, as a start of PyTorch takes 3
 # seconds and a fork 0.05. The fork runs the script as Python would, to the interpreter's end.
 SERVER = f"""

@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, run, wait_for
+from conftest import ROOT, SMALL, Forked, processes_with, run, wait_for
 
 from runtime.distributed import processes
 from runtime.guard import Guard
@@ -114,18 +113,6 @@ def start(demo, launcher, folder, options='', ranks=1):
 
     wait_for(lingers, 100)
     return forked
-
-
-def processes_with(argument):
-    """Everything that runs with this argument: a launcher, its ranks, their workers."""
-    found = []
-    for path in Path('/proc').glob('[0-9]*/cmdline'):
-        try:
-            if argument.encode() in path.read_bytes().split(b'\0'):
-                found.append(int(path.parent.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 def test_one_process_that_accumulates_learns_what_two_do(undisturbed, demo, dies):
