@@ -100,10 +100,10 @@ def test_each_file_has_to_be_synced_and_their_folder_if_it_can_be(tmp_path, monk
     folders = []
     monkeypatch.setattr(os, 'fsync', sync)
     checkpoint.write({'model': {}}, tmp_path, 'best.pth', 'latest.pth')
-    assert {path.name for path in tmp_path.iterdir()} == {'best.pth', 'latest.pth'}
     assert folders == [False, False, True]
     with pytest.raises(OSError, match='epoch_1.pth cannot be written'):
         checkpoint.write({'model': {}}, tmp_path, 'epoch_1.pth')
+    assert {path.name for path in tmp_path.iterdir()} == {'best.pth', 'latest.pth'}
 
 
 # Reading --------------------------------------------------------------------------------------------------
@@ -214,6 +214,8 @@ def test_damaged_checkpoints_are_named_and_skipped(tmp_path, trained, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert f'skipping {tmp_path}/latest.pth: a damaged checkpoint (wrong checksum' in shown[0]
     assert f'skipping {tmp_path}/epoch_10.pth: not a checkpoint of train.py or MMAction2, or a' in shown[1]
+    (tmp_path / 'epoch_9.pth').unlink()
+    assert 'no checkpoint in it can be resumed' in fault(checkpoint.newest, tmp_path)
 
 
 def test_what_a_run_goes_on_from(tmp_path, trained, monkeypatch):

@@ -21,13 +21,12 @@ import prepare
 from model import OmniSlowOnly
 from runtime import sources
 
-REFERENCE = Path(__file__).parent / 'reference'
 SMALL = {'layers': (1, 1, 1, 1), 'width': 8}
 
 
 @pytest.mark.quick
 def test_metrics_equal_the_reference():
-    expected = np.load(REFERENCE / 'metrics.npz')
+    expected = np.load(Path(__file__).parent / 'reference/metrics.npz')
     result = evaluate.accuracy(expected['scores'], expected['labels'])
     for ours, theirs in (('top1', 'top1'), ('top5', 'top5'), ('mean1', 'mean_class')):
         assert result[ours] == pytest.approx(float(expected[theirs]), abs=1e-12)
@@ -371,7 +370,7 @@ def test_the_probe_tells_what_is_told_apart_by_direction(tmp_path, monkeypatch, 
 
 
 def test_grad_cam_lights_up_what_speaks_for_a_class(demo, network, monkeypatch):
-    """As it stands, with an untrained network."""
+    """With an untrained network, too."""
     monkeypatch.chdir(demo)
     exec(recipe('grad-cam').replace('work_dirs/demo/latest.pth', 'small.pth'), {})
     drawn = np.asarray(PIL.Image.open('cam.png'))
