@@ -73,6 +73,17 @@ def records(folder, key=''):
     return [record for record in lines if not key or key in record]
 
 
+def processes_of(work_dir):
+    """Every process of a run that this folder was given to: a launcher, its ranks, their workers."""
+    found = []
+    for process in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            arguments = os.fsdecode((process / 'cmdline').read_bytes()).split('\0')
+            if work_dir.name in arguments and os.readlink(process / 'cwd') == str(work_dir.parent):
+                found.append(int(process.name))
+    return found
+
+
 # Has imported what a command imports, and forks for each that it is told of, as a start of PyTorch takes 3
 # seconds and a fork 0.05. The fork runs the script as Python would, to the interpreter's end.
 SERVER = f"""

@@ -1,17 +1,14 @@
 """A run that is killed and resumed ends as one that never was, bit for bit; nothing that fails loses it."""
 
-import contextlib
 import fcntl
 import functools
 import os
 import shutil
 import signal
 import socket
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, latest, records, run, wait_for
+from conftest import ROOT, SMALL, Forked, latest, processes_of, records, run, wait_for
 
 from runtime.distributed import processes
 
@@ -114,16 +111,6 @@ def steps_of(folder):
     return [(record['epoch'], record['step']) for record in records(folder, 'step')]
 
 
-def processes_with(argument):
-    """Everything that runs with this argument: a launcher, its ranks, their workers."""
-    found = []
-    for path in Path('/proc').glob('[0-9]*/cmdline'):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if argument.encode() in path.read_bytes().split(b'\0'):
-                found.append(int(path.parent.name))
-    return found
-
-
 def test_one_process_that_accumulates_learns_what_two_do(undisturbed, demo, dies):
     """The same samples and dropout, the same gradients but for the order of a sum; resumed, the same bits.
     There are as many batches to a step, however they are shared out, so the order of the samples stays."""
@@ -203,13 +190,13 @@ def test_a_bug_on_one_rank_ends_all_with_its_traceback_and_torchrun_restarts_the
     result = run(f'torchrun --nproc_per_node=2 --max-restarts=3 {line}', demo)
     assert "KeyError: 'a bug'" in result.stderr and 'resuming from healed/latest.pth' in result.stdout
     assert same(final(demo / 'healed'), undisturbed(2))
-    assert not processes_with('healed')
+    assert not processes_of(demo / 'healed')
 
 
 def test_ranks_that_lose_their_launcher_save_and_end(undisturbed, demo):
     forked = start(demo, 'torchrun --nproc_per_node=2 ', 'orphaned')
     os.kill(*forked.pids, signal.SIGKILL)
-    wait_for(lambda: not processes_with('orphaned'))
+    wait_for(lambda: not processes_of(demo / 'orphaned'))
     assert latest(demo / 'orphaned')['step'] < 6  # which would be all
     output = run(f'train.py {OPTIONS} --workers 1 --work-dir orphaned --resume', demo, ranks=2).stdout
     assert 'resuming from orphaned/latest.pth' in output
