@@ -18,9 +18,7 @@ def write(path, content):
 def read(tmp_path, content, **options):
     """[(path, label)] of a list."""
     samples = sources.read_list(write(tmp_path / 'list.txt', content), str(tmp_path), **options)
-    return [
-        (os.path.relpath(samples.path(i), tmp_path), int(label)) for i, label in enumerate(samples.labels)
-    ]
+    return [(os.path.relpath(samples.path(i), tmp_path), label) for i, label in enumerate(samples.labels)]
 
 
 def tree(folder, *files):
