@@ -12,8 +12,7 @@ RECORDS = Path(__file__).parent / 'reference/claim.jsonl'
 
 
 def test_the_docs_show_what_was_recorded():
-    runs = claim.read(RECORDS)
-    for title, header, rows in claim.tables(runs):
+    for title, header, rows in claim.tables(claim.read(RECORDS)):
         for row in [header, *rows]:
             assert f'| {" | ".join(row)} |' in DOCS, title
 
