@@ -12,18 +12,15 @@ RECORDS = Path(__file__).parent / 'reference/claim.jsonl'
 
 
 def test_the_docs_show_what_was_recorded():
-    runs = claim.read(RECORDS)
-    for title, header, rows in claim.tables(runs):
+    for title, header, rows in claim.tables(claim.read(RECORDS)):
         for row in [header, *rows]:
             assert f'| {" | ".join(row)} |' in DOCS, title
 
 
 def test_a_row_of_the_tables_calculated_without_them():
     """With 4 videos per class: the rates that seeds 10 to 12 choose, and what the other ten show."""
-    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
-    records = [
-        r for r in records if (r['videos_per_class'], r['images_per_look'], r['image_batch']) == (4, 8, 32)
-    ]
+    size = {'videos_per_class': 4, 'images_per_look': 8, 'image_batch': 32}
+    records = [r for r in map(json.loads, RECORDS.read_text().splitlines()) if r == r | size]
     cells, of = {'top1': [], 'image_top1': []}, {}
     for way in ('videos only', 'images first', 'jointly', 'images first, then jointly'):
         own = [r for r in records if r['way'] == way]

@@ -10,13 +10,15 @@ import train
 from runtime import sources
 
 
-def read(tmp_path, content, name='list.txt', **options):
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def read(tmp_path, content, **options):
     """[(path, label)] of a list."""
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    samples = sources.read_list(str(tmp_path / name), str(tmp_path), **options)
-    return [
-        (os.path.relpath(samples.path(i), tmp_path), int(label)) for i, label in enumerate(samples.labels)
-    ]
+    samples = sources.read_list(write(tmp_path / 'list.txt', content), str(tmp_path), **options)
+    return [(os.path.relpath(samples.path(i), tmp_path), label) for i, label in enumerate(samples.labels)]
 
 
 def tree(folder, *files):
@@ -34,11 +36,7 @@ def tree(folder, *files):
         ('x.mp4 24 0\nid 9 1\n12 30 1', [('x.mp4', 0), ('id.mp4', 1), ('12.mp4', 1)]),
         ('x.mp4,24,0\ny z.MKV;30;1', [('x.mp4', 0), ('y z.MKV', 1)]),
         ('x.mp4\t0\ny 2.y4m\t1\t', [('x.mp4', 0), ('y 2.y4m', 1)]),
-        (
-            '"a, b.mp4",0\n"say ""hi"" 2",1\n"c.mp4","1"',
-            [('a, b.mp4', 0), ('say "hi" 2.mp4', 1), ('c.mp4', 1)],
-        ),
-        ('path,label\nx.mp4,0', [('x.mp4', 0)]),
+        ('"a, b.mp4",0\n"say ""hi"" 2",1\n"c","1"', [('a, b.mp4', 0), ('say "hi" 2.mp4', 1), ('c.mp4', 1)]),
         ('"video_path";"class_id"\nx.mp4;0', [('x.mp4', 0)]),
         ('x.mp4 0\nü.mp4 1'.encode('utf-16'), [('x.mp4', 0), ('ü.mp4', 1)]),
         (b'x\xff.mp4 0', [('x\udcff.mp4', 0)]),
@@ -55,42 +53,36 @@ def test_lists_as_people_write_them(tmp_path, content, expected):
     assert read(tmp_path, content, videos=True) == expected
 
 
-def test_names_of_images_may_end_in_numbers_and_have_no_ending(tmp_path):
+def test_images_have_one_label_and_names_that_may_end_in_numbers(tmp_path):
     assert read(tmp_path, 'photo 1 0\nb.jpg 1\nscan.007 2') == [('photo 1', 0), ('b.jpg', 1), ('scan.007', 2)]
+    with pytest.raises(ValueError, match='list.txt:2: several labels; expected "path label"$'):
+        read(tmp_path, 'a.jpg 1\nb.jpg 24 1\n')
 
 
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (
-            'a.mp4 1\nb.mp4\n',
-            r'list.txt:2: no label at the end of .b.mp4.; a line is a path and a whole number',
-        ),
-        ('path,label\na.mp4,0.0\n', r'list.txt:2: no label at the end of .a.mp4,0.0.'),
-        ('weg;klasse\na.mp4;0\n', r'list.txt:1: no label at the end of .weg;klasse.'),
-        ('a.mp4,jump\n', r'list.txt:1: no label at the end of .a.mp4,jump.'),
-        ('# all of them\na.mp4 0\n', r'list.txt:1: no label at the end of .# all of them.'),
-        ('a.mp4 1\n\nb.mp4 8\n', r'list.txt:3: label 8 is out of range, 0 to 7'),
-        ('a.mp4 -1\n', r'list.txt:1: label -1 is out of range'),
-        ('\n \n', r'list.txt: no samples'),
-        ('a.mp4 1 0\nb.mp4 0 1\n', r'list.txt:2: several labels; expected "path label", or "path num_frames'),
-        ('a.mp4 0 3 5\n', r'list.txt:1: several labels'),
-        ('a.mp4 0,3\n', r'list.txt:1: several labels'),
-        ('a.mp4 3\nb.mp4 250 5\n', r'list.txt:2: several labels'),
-        ('a.mp4 1 2\nb.mp4 2 4\n', r'list.txt:1: several labels'),
-        ('abc 0 3\n', r'list.txt:1: several labels'),
-        ('a.mp4 1\nb.mp4 2'.encode('utf-16-le'), r'list.txt:1: not text in UTF-8'),
-        (b'PK\x03\x04\x00\x00', r'list.txt:1: not text'),
+        ('a.mp4 1\nb.mp4\n', ':2: no label at the end of .b.mp4.; a line is a path and a whole number'),
+        ('path,label\na.mp4,0.0\n', ':2: no label at the end of .a.mp4,0.0.'),
+        ('weg;klasse\na.mp4;0\n', ':1: no label at the end of .weg;klasse.'),
+        ('a.mp4,jump\n', ':1: no label at the end of .a.mp4,jump.'),
+        ('# all of them\na.mp4 0\n', ':1: no label at the end of .# all of them.'),
+        ('a.mp4 1\n\nb.mp4 8\n', ':3: label 8 is out of range, 0 to 7'),
+        ('a.mp4 -1\n', ':1: label -1 is out of range'),
+        ('\n \n', ': no samples'),
+        ('a.mp4 1 0\nb.mp4 0 1\n', ':2: several labels; expected "path label", or "path num_frames'),
+        ('a.mp4 0 3 5\n', ':1: several labels'),
+        ('a.mp4 0,3\n', ':1: several labels'),
+        ('a.mp4 3\nb.mp4 250 5\n', ':2: several labels'),
+        ('a.mp4 1 2\nb.mp4 2 4\n', ':1: several labels'),
+        ('abc 0 3\n', ':1: several labels'),
+        ('a.mp4 1\nb.mp4 2'.encode('utf-16-le'), ':1: not text in UTF-8'),
+        (b'PK\x03\x04\x00\x00', ':1: not text'),
     ],
 )
 def test_lists_with_mistakes_name_file_and_line(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f'list.txt{message}'):
         read(tmp_path, content, num_classes=8, videos=True)
-
-
-def test_an_image_has_one_label(tmp_path):
-    with pytest.raises(ValueError, match='list.txt:2: several labels; expected "path label"$'):
-        read(tmp_path, 'a.jpg 1\nb.jpg 24 1\n')
 
 
 @pytest.mark.parametrize(
@@ -117,18 +109,13 @@ def test_an_image_has_one_label(tmp_path):
     ],
 )
 def test_label_maps(tmp_path, content, expected):
-    path = tmp_path / 'names.csv'
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert sources.read_label_map(str(path)) == expected
+    assert sources.read_label_map(write(tmp_path / 'names.csv', content)) == expected
 
 
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (
-            '{\n  "jump": 0,\n  "run": 1\n}',
-            ':1: looks like JSON; expected one class name per line, or "name index"',
-        ),
+        ('{\n  "jump": 0,\n  "run": 1\n}', ':1: looks like JSON; expected one class name per line, or "name'),
         ('["jump", "run"]', ':1: looks like JSON'),
         ('[\n"jump"\n]', ':1: looks like JSON'),
         ('1,jump\n2,run\n', ":1: '1,jump' begins a table whose rows are not numbered 0 to 1; expected"),
@@ -138,15 +125,13 @@ def test_label_maps(tmp_path, content, expected):
         ('0,crane\n1,ox\n2,crane\n', ":3: 'crane' is in line 1 too"),
         ('läuft\n' + unicodedata.normalize('NFD', 'läuft\n'), ':2: .* in line 1 too'),
         (b'jump\nl\xe4uft\n', ':2: not text in UTF-8'),
-        ('jump\n'.encode('utf-16-le'), ':1: not text in UTF-8'),
         ('\n', ': no class names in it'),
         ('id,name\n', ': no class names in it'),
     ],
 )
 def test_label_maps_with_mistakes_name_file_and_line(tmp_path, content, message):
-    (tmp_path / 'names.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f'names.csv{message}'):
-        sources.read_label_map(str(tmp_path / 'names.csv'))
+        sources.read_label_map(write(tmp_path / 'names.csv', content))
 
 
 def test_class_folders_take_what_can_be_read_and_say_what_they_leave_out(tmp_path, capsys):
@@ -165,14 +150,10 @@ def test_class_folders_take_what_can_be_read_and_say_what_they_leave_out(tmp_pat
         sources.read_list(f'{videos}/a', videos=True)
 
 
-def test_folders_of_systems_are_no_classes(tmp_path, capsys):
+def test_folders_of_systems_are_no_classes(tmp_path):
     inside = ('@eaDir', '__MACOSX', '.hidden', 'lost+found', '$RECYCLE.BIN')
-    folder = tree(
-        tmp_path / 'in',
-        'a/1.jpg',
-        'b/2.jpg',
-        *(f'{p}{name}/x.jpg' for p in ('', 'a/', 'b/c/') for name in inside),
-    )
+    hidden = [f'{parent}{name}/x.jpg' for parent in ('', 'a/', 'b/c/') for name in inside]
+    folder = tree(tmp_path / 'in', 'a/1.jpg', 'b/2.jpg', *hidden)
     (tmp_path / 'in/b/up').symlink_to('..')
     (tmp_path / 'in/b/loop').symlink_to('loop')
     assert sources.class_names(folder) == ['a', 'b']
@@ -181,7 +162,7 @@ def test_folders_of_systems_are_no_classes(tmp_path, capsys):
 
 def test_folders_that_cannot_be_read_are_said(tmp_path, capsys, monkeypatch):
     folder = tree(tmp_path / 'in', 'a/1.jpg', 'a/locked/2.jpg', 'b/3.jpg', 'locked/4.jpg')
-    scandir, access = os.scandir, os.access
+    scandir = os.scandir
 
     def refuse(path):
         if str(path).endswith('locked'):
@@ -189,15 +170,10 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, capsys, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, 'scandir', refuse)  # as root may read all
-    monkeypatch.setattr(
-        os, 'access', lambda path, mode: 'locked' not in os.fspath(path) and access(path, mode)
-    )
-    samples = sources.read_list(folder)
-    assert sources.class_names(folder) == ['a', 'b'] and len(samples) == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(lines) == [
-        f'{folder}/{name}: left out, Permission denied' for name in ('a/locked', 'locked')
-    ]
+    monkeypatch.setattr(os, 'access', lambda path, mode: 'locked' not in os.fspath(path))
+    assert sources.class_names(folder) == ['a', 'b'] and len(sources.read_list(folder)) == 2
+    said = [f'{folder}/{name}: left out, Permission denied' for name in ('a/locked', 'locked')]
+    assert sorted(capsys.readouterr().out.splitlines()) == said
 
 
 @pytest.mark.quick
@@ -213,45 +189,33 @@ def test_names_are_the_same_however_they_are_spelled(tmp_path):
 
 
 def open_sources(options):
-    return sources.open_sources(train.parse_args(f'--image-only {options}'.split()))
+    return sources.open_sources(train.parse_args(options.split()))
 
 
-def test_a_run_begins_with_its_classes(tmp_path, capsys, monkeypatch):
+def test_a_run_begins_with_its_classes_and_what_is_odd_in_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tree(tmp_path / 'in', 'a/1.jpg', 'a/2.jpg', 'b/1.jpg', 'notes/x.txt')
-    open_sources('--image-list in')
-    line = 'in: 3 images of 3 classes: a (2), b (1), notes (0); from notes (0) to a (2); '
-    line += 'classes without images: 1'
+    tree(tmp_path / 'in', 'a/1.jpg', 'a/2.jpg', 'b/1.jpg', 'c/x.txt')
+    open_sources('--image-only --image-list in')
+    line = 'in: 3 images of 3 classes: a (2), b (1), c (0); from c (0) to a (2); classes without images: 1'
     assert capsys.readouterr().out.splitlines()[-1] == line
-    tree(tmp_path, *(f'{i}.jpg' for i in range(13)))
-    (tmp_path / 'list.txt').write_text('\n'.join(f'{i}.jpg {i + (i > 0)}' for i in range(12)))
-    open_sources('--image-list list.txt --image-root .')
-    line = capsys.readouterr().out
-    assert 'class 9 (1) and 3 more; from class 1 (0) to class 0 (1); classes without images: 1\n' in line
-
-
-def test_odd_lists_are_pointed_out(demo, monkeypatch, capsys):
-    monkeypatch.chdir(demo)
-    lines = (demo / 'data/demo/video_train.txt').read_text().splitlines()
-    one_based = [f'{line[:-1]}{int(line[-1]) + 1}' for line in lines]
-    (demo / 'one_based.txt').write_text('\n'.join([*one_based, '../images_train/dots_000.jpg 3']))
-    (demo / 'longer.txt').write_text('\n'.join(['stripes', 'checks', 'dots', 'zigzag', 'plaid', 'fur']))
-    options = '--demo --video-list one_based.txt --video-labels= --image-labels longer.txt --val-list='
-    sources.open_sources(train.parse_args(options.split()))
-    output = capsys.readouterr().out
-    assert 'one_based.txt: 33 videos of 9 classes: class 0 (0), class 1 (4), ' in output
-    assert '; classes without videos: 1; labels are expected to count from 0' in output
-    assert 'plaid (0), fur (0); from plaid (0) to stripes (10); classes without images: 2\n' in output
+    tree(tmp_path, *(f'{i}.jpg' for i in range(12)))
+    for kind, labels, said in (
+        ('image', [0, *range(2, 13)], 'from class 1 (0) to class 0 (1); classes without images: 1'),
+        ('video', range(1, 13), 'classes without videos: 1; labels are expected to count from 0'),
+    ):
+        (tmp_path / 'list.txt').write_text('\n'.join(f'{i}.jpg {label}' for i, label in enumerate(labels)))
+        open_sources(f'--{kind}-only --{kind}-list list.txt --{kind}-root .')
+        line = capsys.readouterr().out
+        assert f'list.txt: 12 {kind}s of 13 classes: class 0 (' in line and line.endswith(f'{said}\n')
+        assert 'class 9 (1) and 3 more; from class' in line
 
 
 def test_class_folders_are_not_guessed_to_be_a_lists_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree(tmp_path / 'val', 'a/1.jpg', 'b/1.jpg')
     (tmp_path / 'list.txt').write_text('val/b/1.jpg 0\nval/a/1.jpg 1\n')
-    options = '--image-list list.txt --image-root . --image-val-list val'
-    with pytest.raises(
-        ValueError, match='val: class folders .* the numbers in list.txt; --image-labels takes a file'
-    ):
+    options = '--image-only --image-list list.txt --image-root . --image-val-list val'
+    with pytest.raises(ValueError, match='val: class folders .* in list.txt; --image-labels takes a file'):
         open_sources(options)
     (tmp_path / 'names.txt').write_text('b\na\n')
     (source,) = open_sources(f'{options} --image-labels names.txt')
@@ -262,7 +226,7 @@ def test_a_list_beside_class_folders_says_how_its_labels_are_taken(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     tree(tmp_path / 'train', 'b/1.jpg', 'a/1.jpg', 'c/1.jpg')
     (tmp_path / 'val.txt').write_text('train/b/1.jpg 1\n')
-    options = '--image-list train --image-val-list val.txt --image-val-root .'
+    options = '--image-only --image-list train --image-val-list val.txt --image-val-root .'
     open_sources(options)
     said = "val.txt: taking label 0 as 'a', 2 as 'c', in the order of the class folders\n"
     assert said in capsys.readouterr().out
