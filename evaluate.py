@@ -34,11 +34,11 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 import data
-import prepare
 from model import fold_batchnorm
 from runtime import checkpoint, distributed, sources
 from runtime.distributed import UserError, gather, rank, show, together, world_size
 from runtime.flags import Parser, number
+from runtime.output import check_writable, draw_rows, whole_file
 from video import VideoReader
 
 # the published validation set, used if neither the command nor the checkpoint names another
@@ -181,7 +181,7 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
                 'img_shape': (size, size),
             }
         )
-    with prepare.whole_file(path) as file:
+    with whole_file(path) as file:
         pickle.dump(results, file)
 
 
@@ -201,7 +201,7 @@ def show_mistakes(
         file = os.path.basename(dataset.files.path(i))
         titles.append(f'{file}: {right} ({own[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
     if rows:
-        prepare.draw_rows(out, rows, titles, 112)
+        draw_rows(out, rows, titles, 112)
     return len(wrong)
 
 
@@ -279,7 +279,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """The command itself, once its processes have joined."""
     with together():
         for path in filter(None, (args.dump, args.features, args.show, args.csv)) if rank() == 0 else ():
-            prepare.check_writable(path)
+            check_writable(path)
         saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
@@ -317,13 +317,11 @@ def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, n
         table += [(path, place, label, f'{score:.4f}') for place, (label, score) in enumerate(best, 1)]
         rows.append(row)
     if args.csv and rank() == 0:
-        with prepare.whole_file(
-            args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline=''
-        ) as file:
+        with whole_file(args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
             csv.writer(file).writerows([('file', 'rank', 'label', 'score'), *table])
     if args.features and rank() == 0:
         scores, features = (pad_sequence(part, True, np.nan).numpy() for part in zip(*rows))
-        with prepare.whole_file(args.features) as file:
+        with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=np.array(paths))
     sys.exit(0 if all(len(scores) for scores, _ in rows) else 1)
 
@@ -374,7 +372,7 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
         write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
     if args.features and rank() == 0:
         paths = np.array([dataset.files.path(i) for i in range(len(dataset))])
-        with prepare.whole_file(args.features) as file:
+        with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=paths, labels=labels)
     if args.show and rank() == 0:
         drawn = dataset if args.images else data.VideoDataset(dataset.files, 'val', **settings)

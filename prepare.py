@@ -12,9 +12,7 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,13 +21,14 @@ import numpy as np
 import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 
 import data
 from runtime import sources
 from runtime.distributed import about_file, locked, open_outputs
+from runtime.distributed import show as say
 from runtime.flags import Parser, number
+from runtime.output import draw_rows
 from runtime.parallel import in_parallel
 from video import VideoReader, local, open_video, turn, upright
 
@@ -61,7 +60,7 @@ def check(source: str, root: str = '') -> tuple[int, list[str]]:
     jobs = dict.fromkeys((path, as_image) for path in paths)
     bad = {path: reason for (path, _), reason in in_parallel(check_file, [*jobs], 'checking') if reason}
     for line in files.lost([i for i, path in enumerate(paths) if path in bad], kind, names) if files else ():
-        print(line)
+        say(line)
     return len(jobs), sorted(f'{path}: {reason}' for path, reason in bad.items())
 
 
@@ -126,7 +125,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     for folder in {*map(os.path.dirname, copies), target}:
         os.makedirs(folder, exist_ok=True)
     if there := sum(map(os.path.exists, copies)):
-        print(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
+        say(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
     lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
@@ -136,7 +135,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
             bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
         done = [pair for pair in zip(paths, copies) if os.path.exists(pair[1])]
         before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in zip(*done)) if done else (0, 0)
-        print(f'{target}: {len(done)} copies of {after:,.1f} MB, their originals have {before:,.1f} MB')
+        say(f'{target}: {len(done)} copies of {after:,.1f} MB, their originals have {before:,.1f} MB')
         return len(jobs), bad
     finally:
         for copy in copies:
@@ -266,69 +265,6 @@ def show(args: argparse.Namespace) -> None:
     draw_rows(args.out, rows, titles, args.size)
 
 
-def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
-    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, a label above each row.
-
-    Short rows stand side by side, as many as fit into 960 pixels. A label takes as many lines as it needs.
-    Raises OSError if `out` cannot be written.
-    """
-    gap, line, font = 2, 16, ImageFont.load_default(12)
-    strips = []  # the pictures of a row beside each other
-    for row in rows:
-        fitted = [data.resize(p, size, max(round(p.shape[-1] * size / p.shape[-2]), 1)) for p in row]
-        strip = torch.cat([torch.nn.functional.pad(p, (gap, 0), value=255) for p in fitted], dim=-1)
-        strips.append(Image.fromarray(strip.permute(1, 2, 0).contiguous().numpy()))
-    cell = max([240, *(strip.width + gap for strip in strips)])
-    columns = max(1, min(960 // cell, len(strips)))
-    cell = max(cell, 480 // columns)  # a label needs some room
-    cells = [(ascii_lines(s, int((cell - 4 * gap) / font.getlength('m'))), p) for s, p in zip(labels, strips)]
-    bands = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    tops = [max(len(lines) for lines, _ in band) * line + 2 * gap for band in bands]
-    picture = Image.new('RGB', (columns * cell, sum(tops) + len(tops) * (size + 2 * gap)), 'white')
-    drawing, y = ImageDraw.Draw(picture), 0
-    for top, band in zip(tops, bands):
-        for x, (lines, strip) in zip(range(0, picture.width, cell), band):
-            drawing.text((x + 2 * gap, y + gap), '\n'.join(lines), 'black', font)
-            picture.paste(strip, (x, y + top))
-        y += top + size + 2 * gap
-    with whole_file(out) as file:
-        picture.save(file, format='PNG')
-
-
-@contextlib.contextmanager
-def whole_file(path: str, mode: str = 'wb', **options):
-    """A file to write that replaces `path` at the end, whole or not at all. OSError names it."""
-    beside = path if is_device(path) else f'{path}.part'
-    try:
-        with open(beside, mode, **options) as file:
-            yield file
-        os.replace(beside, path)
-    except OSError as error:
-        if beside != path:
-            Path(beside).unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({data.one_line(error)})') from None
-    print(f'wrote {path}')
-
-
-def check_writable(path: str) -> None:
-    """Raise OSError if `whole_file` would fail at once."""
-    there = path if is_device(path) else os.path.dirname(path) or '.'
-    if os.path.isdir(path) or not os.access(there, os.W_OK):
-        raise OSError(f'{path}: cannot be written')
-
-
-def is_device(path: str) -> bool:
-    """Whether it is something like /dev/stdout, which cannot be replaced."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def ascii_lines(text: str, width: int) -> list[str]:
-    """A text in lines of at most `width` characters of Pillow's own font. Accents are dropped; anything else
-    that it lacks is written like \\u4e2d."""
-    text = ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c))
-    return textwrap.wrap(text.encode('ascii', 'backslashreplace').decode(), width)
-
-
 # demo: a small set of real files --------------------------------------------------------------------------
 
 DEMO_PATTERNS = {  # where each is bright; coordinates grow by 1 per repetition
@@ -350,9 +286,9 @@ def make_demo(
     """
     root = Path(root)
     if (root / 'image_labels.txt').exists():
-        print(f'reusing the set in {root}')
+        say(f'reusing the set in {root}')
         return
-    print(f'making a small set in {root}', flush=True)
+    say(f'making a small set in {root}')
     videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in ('rising', 'falling')]
     jobs = []
     for source, classes, suffix, *counts in (
@@ -458,15 +394,15 @@ def main(argv: list[str] | None = None) -> None:
             show(args)
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        print(f'prepare.py: {"stopped" if stopped else about_file(error) or error}', file=sys.stderr)
+        say(f'prepare.py: {"stopped" if stopped else about_file(error) or error}', sys.stderr)
         sys.exit(130 if stopped else 1)
 
 
 def report(source: str, count: int, bad: list[str], out: str) -> None:
     """Say how many files are bad, write down which, and exit with 1 if there are any."""
-    print(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
+    say(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
     for line in bad[:10] + ['...'] * (len(bad) > 10):
-        print(line)
+        say(line)
     Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
     if bad:
         sys.exit(1)
