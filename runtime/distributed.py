@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -266,14 +267,26 @@ def default_workers() -> int:
 
 
 def begin_worker(worker_id: int) -> None:
-    """Leave stop signals to the main process, and tell it about errors in a worker's threads, which would
-    only print them."""
+    """Leave stop signals to the main process, end with it, and tell it about errors in a worker's threads,
+    which would only print them."""
+    end_with_parent()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     for name in {'SIGSEGV', 'SIGBUS', 'SIGFPE'} & {*dir(signal)}:  # torch would print a line for these
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_reason
     sys.excepthook = end_worker
+
+
+def end_with_parent() -> None:
+    """End this process once the one that started it has ended, in whatever way. DataLoader's own watch does
+    not see a main process that has died while the worker started."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def send_reason(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:

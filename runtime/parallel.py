@@ -2,9 +2,7 @@
 
 import errno
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from itertools import chain
 from multiprocessing.connection import Connection, wait
@@ -13,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data import one_line
-from runtime.distributed import CONTEXT, cores
+from runtime.distributed import CONTEXT, cores, end_with_parent
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
@@ -70,12 +68,7 @@ def start(function: Callable) -> Connection:
 
 def work(function: Callable, connection: Connection) -> None:
     """Answer each job with ('' or why it failed, whether the disk is full); end with the parent."""
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     while True:

@@ -1,5 +1,6 @@
 """Metrics, the dump, and the command."""
 
+import contextlib
 import csv
 import os
 import pickle
@@ -17,7 +18,6 @@ from conftest import DOCS, Forked, run, wait_for, write_video
 
 import data
 import evaluate
-import prepare
 from model import OmniSlowOnly
 from runtime import sources
 
@@ -147,7 +147,7 @@ def test_mistakes_are_drawn_the_surest_first(videos, monkeypatch):
     samples = data.FileList(videos.paths[:4], videos.labels[:4], videos.root)  # of classes 0 to 3
     scores = np.array([[0.9, 0.1, 0, 0], [0.6, 0.3, 0.1, 0], [np.nan] * 4, [0.1, 0.7, 0, 0.2]])
     drawn = []
-    monkeypatch.setattr(prepare, 'draw_rows', lambda *arguments: drawn.extend(arguments))
+    monkeypatch.setattr(evaluate, 'draw_rows', lambda *arguments: drawn.extend(arguments))
     dataset = data.VideoDataset(samples, 'val', 56)
     assert evaluate.show_mistakes('out.png', dataset, scores, samples.labels, ['a', 'b', 'c', 'd']) == 2
     _, rows, titles, _ = drawn
@@ -301,11 +301,28 @@ def test_timeline_says_what_is_seen_when(demo, network, tmp_path):
         assert rest.split(', ')[0] == f'{names[int(scores.argmax())]} {scores.max():.1%}'
 
 
-def test_ctrl_c_shows_no_traceback(demo, network):
-    process = Forked('evaluate.py --ckpt small.pth --clips 1000', demo)
-    wait_for(lambda: process.out.exists() and 'computing in' in process.out.read_text())
-    os.kill(process.pids[0], signal.SIGINT)
+def test_ctrl_c_shows_no_traceback_and_leaves_no_worker(demo, network):
+    """Pressed while the workers start."""
+    code = """
+import os, signal, time, evaluate
+from runtime import distributed
+begin = distributed.begin_worker
+def slowly(number):
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1)
+    begin(number)
+distributed.begin_worker = slowly
+evaluate.main()
+"""
+    process = Forked(['-c', code, '--ckpt', 'small.pth', '--workers', '2'], demo)
     assert process.wait() == -signal.SIGINT and 'Traceback' not in process.err.read_text()
+
+    def have_ended():
+        with contextlib.suppress(ProcessLookupError):
+            return os.killpg(process.pids[0], 0)
+        return True
+
+    wait_for(have_ended)
 
 
 @pytest.fixture(scope='module')
