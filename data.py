@@ -238,7 +238,7 @@ def is_image(path: str) -> bool:
     Anything else is for VideoDataset."""
     try:
         with open_image(path) as image:
-            if image.format in ('AVIF', 'FLI', 'GIF', 'PNG'):  # FFmpeg plays no animated WebP
+            if image.format in ('AVIF', 'FLI', 'GIF', 'PNG'):  # FFmpeg before 9 plays no animated WebP
                 return image.n_frames - getattr(image, 'default_image', False) == 1
             return not path.lower().endswith(('.mjpg', '.mjpeg'))  # Pillow sees their first frame
     except OSError:  # not a picture; VideoReader will say if something else is wrong

@@ -1,5 +1,6 @@
 """Small real files for the tests, made on the spot, and the commands run as a user would."""
 
+import atexit
 import contextlib
 import functools
 import json
@@ -159,6 +160,7 @@ class Forked:
             job = [line, cwd, env, self.out, self.err, end]
             print(json.dumps(job, default=str), file=process.stdin, flush=True)
             self.pids.append(int(process.stdout.readline()))
+        atexit.register(lambda: self.poll() is None and self.kill())  # where a test has failed
 
     def poll(self):
         """The exit status, once all have ended: a signal that killed one, or the highest."""

@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import struct
+import sys
 import threading
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from PIL import Image
 
 import data
 import prepare
-from runtime import distributed, parallel, sources
+from runtime import distributed, output, parallel, sources
 from video import VideoReader
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
@@ -110,10 +111,13 @@ def test_real_files_are_checked_as_training_reads_them_and_keep_their_looks(fold
         assert abs(before.std() / after.std() - 1) < 0.02
 
 
+ANIMATED, FFMPEG = ['2.webp', '3.webp', '4.webp'], av.library_versions['libavcodec']
+
+
 @pytest.mark.parametrize(
     ('names', 'bad', 'kind'),
     [
-        (['1.mp4', '2.webp', '3.webp', '4.webp'], ['2.webp', '3.webp', '4.webp'], 'video'),
+        (['1.mp4', *ANIMATED], [] if FFMPEG >= (63,) else ANIMATED, 'video'),  # FFmpeg 9 plays them
         (['1.jpg', '2.ppm', '3.webp', '4.webp', '5.webp', '6.gif', '7', '8.tif'], [], 'image'),
         (['1.jpg', '2.jpg', '3.jpg', '4.jpg', '5.jpg', '6.mp4'], ['6.mp4'], 'image'),
         (['1.mp4', '2.mp4', '3.jpg', '4.jpg', '5.ppm', '6.gif'], [], 'video'),
@@ -641,13 +645,24 @@ def test_show_draws_the_clips_of_a_run_and_different_classes(folder, monkeypatch
     assert torch.equal(rows[3], fed.transpose(0, 1)) and len(rows[2]) == 3
 
 
+def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
+    Path('in/torn.mp4').write_bytes(b'nothing')
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'w') as gone:
+        monkeypatch.setattr(sys, 'stdout', gone)
+        prepare.make_demo('set', 1, 1, 1, 1)
+        ends_with(1, 'check in')
+    assert Path('set/image_labels.txt').exists() and Path('bad_samples.txt').read_text()
+
+
 def test_titles_are_whole_and_legible(tmp_path):
     rows, long = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], 'taken for ' * 40 + 'x' * 300
-    lines = prepare.ascii_lines(long, 40)
+    lines = output.ascii_lines(long, 40)
     assert ''.join(lines).replace(' ', '') == long.replace(' ', '') and max(map(len, lines)) <= 40
     heights = []
     for title in ('short', long):
-        prepare.draw_rows(tmp_path / 'a.png', rows, [title], 8)
+        output.draw_rows(tmp_path / 'a.png', rows, [title], 8)
         picture = np.asarray(Image.open(tmp_path / 'a.png'))
         heights.append(len(picture))
         assert picture.shape[1] >= 480 and (picture[:, -8:] == 255).all()
@@ -657,7 +672,7 @@ def test_titles_are_whole_and_legible(tmp_path):
 def test_short_rows_stand_beside_each_other(tmp_path):
     levels, reds = range(1, 240, 40), torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
     reds[:, 0, 0] = torch.tensor(levels)[:, None, None]
-    prepare.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
+    output.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
     picture = np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
     places = [np.argwhere((picture == (level, 0, 0)).all(-1)) for level in levels]
     assert [len(place) for place in places] == [64] * 6
@@ -666,7 +681,7 @@ def test_short_rows_stand_beside_each_other(tmp_path):
     tops = [y for y, _ in corners]
     assert len(set(tops[:4])) == len(set(tops[4:])) == 1 and tops[4] - tops[0] >= 8 + 2 * 16
     long = [red[..., :1].expand(8, 3, 8, 100) for red in reds[:2]]
-    prepare.draw_rows(tmp_path / 'a.png', long, ['', ''], 8)
+    output.draw_rows(tmp_path / 'a.png', long, ['', ''], 8)
     assert Image.open(tmp_path / 'a.png').width == 8 * (100 + 2) + 2  # long ones do not
 
 
@@ -676,7 +691,7 @@ def test_letters_are_letters_or_their_numbers_but_no_boxes():
         '\u1234中': r'\u1234\u4e2d',
         'lone \udcff and\nline': r'lone \udcff and line',
     }.items():
-        assert prepare.ascii_lines(title, 99) == [drawn]
+        assert output.ascii_lines(title, 99) == [drawn]
 
 
 # demo and messages ----------------------------------------------------------------------------------------

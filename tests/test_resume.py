@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+
 import pytest
 import torch
 from conftest import ROOT, SMALL, Forked, latest, processes_of, records, run, wait_for

@@ -251,6 +251,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
         ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
         ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
+        ('--demo --resume other.pth', 'other.pth: weights, but no run to resume; --init'),
         ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
         ('--demo --freeze --resume', '--freeze needs trained weights: name them with --init or --init-2d'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
