@@ -58,7 +58,8 @@ PIXELS_PER_PASS = {'cpu': 2**20, 'cuda': 2**23}
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Scores (N, classes) and labels (N,) -> {'top1', 'top5', 'mean1'}, fractions of 1.
+    """Scores (N, classes) and labels (N,) -> {'top1', 'top5', 'mean1'}, fractions of 1; 'top5' only if there
+    are more than five classes.
 
     mean1 is the mean over classes of each class's top-1 accuracy. As in MMAction2, a class that is predicted
     but never occurs counts as 0. A row of NaN, an unreadable sample, is wrong and predicts nothing.
@@ -68,11 +69,8 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     hits = (ranked == labels[:, None]) & readable[:, None]
     seen = np.union1d(labels, ranked[readable, 0])
     per_class = [hits[labels == label, 0].mean() if (labels == label).any() else 0.0 for label in seen]
-    return {
-        'top1': float(hits[:, 0].mean()),
-        'top5': float(hits[:, :5].any(1).mean()),
-        'mean1': float(np.mean(per_class)),
-    }
+    top5 = {'top5': float(hits[:, :5].any(1).mean())} if scores.shape[1] > 5 else {}
+    return {'top1': float(hits[:, 0].mean()), **top5, 'mean1': float(np.mean(per_class))}
 
 
 def class_name(names: list[str] | None, label: int) -> str:
@@ -364,7 +362,7 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
     unreadable = f', {len(bad)} of them unreadable' if bad else ''
     show(f'{len(dataset)} {kind}s of {scores.shape[1]} classes, {views}{unreadable}')
-    top5 = f'top-5 {result["top5"]:.2%}   ' if scores.shape[1] > 5 else ''  # else every label is among them
+    top5 = f'top-5 {result["top5"]:.2%}   ' if 'top5' in result else ''
     show(f'top-1 {result["top1"]:.2%}   {top5}mean class {result["mean1"]:.2%}')
     if mistakes := confusions(scores, labels, names[kind]):
         show('most errors:\n  ' + '\n  '.join(mistakes))

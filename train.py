@@ -39,7 +39,7 @@ from runtime.sources import compare_data, open_sources
 # because the images' gradients are at first 20 times as large as the videos'.
 DEMO = {
     'work_dir': 'work_dirs/demo',
-    'layers': (1, 1, 1, 1),
+    'layers': [1, 1, 1, 1],
     'width': 16,
     'size': 56,
     'epochs': 16,
@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--image-labels', 'the same for images')
 
     add = settings(parser, 'network')
-    add('--layers', 'blocks per stage; the default is ResNet-50', type=count, nargs=4, default=(3, 4, 6, 3))
+    add('--layers', 'blocks per stage; the default is ResNet-50', type=count, nargs=4, default=[3, 4, 6, 3])
     add('--width', 'channels of the stem', type=count, default=64)
     add('--clip-len', 'frames of a clip', type=count, default=8)
     add('--frame-interval', 'from one frame to the next; 8 x 8 spans 2 seconds', type=count, default=8)
@@ -152,7 +152,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         args.warmup_epochs = round(args.epochs * 34 / 256)
     if args.warmup_epochs > args.epochs:
         parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
-    args.layers = args.layers and list(args.layers)
     for flag in ('video', 'val', 'image', 'image-val'):
         list_name, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
         if os.path.isdir(getattr(args, list_name) or '') and getattr(args, root) != parser.get_default(root):
@@ -309,7 +308,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         wrapped = torch.compile(wrapped, options=options)
     if world_size() > 1:
         gpu = [device.index] if device.type == 'cuda' else None
-        wrapped = DistributedDataParallel(wrapped, gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(wrapped, gpu, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # as an argument it is deprecated; the new one needs torch 2.13
         # DDP reorders its buckets, and so its sums, after its first backward pass. A pass on zeros triggers
         # that now, so that the first step after a restart adds up in the same order as any other.
         nothing = {source.name: torch.zeros(1, *source.train.shape, device=device) for source in sources}
@@ -403,18 +403,17 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     return network
 
 
-def validate(network: nn.Module, sources: list[data.Source], precision: str, workers: int) -> dict:
+def validate(network: nn.Module, sources: list, precision: str, workers: int) -> dict[str, float]:
     """{'video_top1': ..., 'image_top5': ...} for each source that has a validation set."""
     result = {}
     for source in sources:
         if source.val is not None:
-            options = precision, 16, workers, f'validating {source.name}s'
-            scores, labels, bad = evaluate.predict(network, source.name, source.val, *options)
+            scores, labels, bad = evaluate.predict(
+                network, source.name, source.val, precision, 16, workers, f'validating {source.name}s'
+            )
             for line in bad:
                 show(f'unreadable, counted as wrong: {line}')
             metrics = evaluate.accuracy(scores, labels)
-            if scores.shape[1] <= 5:  # every label would be among them
-                del metrics['top5']
             result |= {f'{source.name}_{key}': round(value, 4) for key, value in metrics.items()}
     return result
 
