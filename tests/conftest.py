@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,8 +62,8 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-def latest(folder, name='latest'):
-    """What a run has saved."""
+def checkpoint_in(folder, name='latest'):
+    """What a run has saved there."""
     import torch
 
     return torch.load(folder / f'{name}.pth', weights_only=True)
@@ -75,7 +76,7 @@ def records(folder, key=''):
 
 
 def processes_of(work_dir):
-    """Every process of a run that this folder was given to: a launcher, its ranks, their workers."""
+    """The ranks that torchrun has started for this folder, and their workers."""
     found = []
     for process in Path('/proc').glob('[0-9]*'):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -189,7 +190,9 @@ def run(command, cwd, expect=0, ranks=1, **env):
     stderr. Only what torchrun starts is a new Python."""
     forked = Forked(command, cwd, ranks, **env)
     status = forked.wait()
-    result = subprocess.CompletedProcess(command, status, forked.out.read_text(), forked.err.read_text())
+    # Without a network, torch has a line about that.
+    said = re.sub('.* hostname of the client socket cannot .*\n', '', forked.err.read_text())
+    result = subprocess.CompletedProcess(command, status, forked.out.read_text(), said)
     assert status == expect, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, latest, records, run
+from conftest import ROOT, SMALL, checkpoint_in, records, run
 
 # Another image set, `place`, with its own classes and a head of one layer. A source's name is singular, like
 # `video`: its head is `place_head`, its flags --place-list and --places-per-gpu.
@@ -129,12 +129,12 @@ def test_a_third_source(fork):
     assert all(0 < r['place_loss'] < r['loss'] and 0 <= r['place_top1'] <= 1 for r in steps)
     assert {'video_top1', 'image_top1', 'place_top1'} < validations[0].keys()
 
-    whole = latest(folder / 'run')
+    whole = checkpoint_in(folder / 'run')
     assert whole['place_labels'] == names and whole['model']['place_head.bias'].shape == (4,)
     (folder / 'run/epoch_1.pth').replace(folder / 'run/latest.pth')
     output = run(f'{line} --resume', folder, ranks=2).stdout
     assert 'resuming from run/latest.pth' in output and '8 videos of 8 classes, 10 clips x 3 crops' in output
-    resumed = latest(folder / 'run')
+    resumed = checkpoint_in(folder / 'run')
     assert resumed['best'] == whole['best']
     for part in ('model', 'optimizer'):
         torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
@@ -146,7 +146,7 @@ def test_another_backbone(fork):
     output = run(f'./train.py {options}', folder, ranks=2).stdout
     assert 'epoch 1/1 step 2/2' in output and 'validation  video_top1' in output and 'image_top1' in output
     assert '8 videos of 8 classes, 10 clips x 3 crops' in output and '12 images of 4 classes' in output
-    assert latest(folder / 'run')['model']['backbone.layer4.1.conv2.weight'].shape == (512, 512, 3, 3)
+    assert checkpoint_in(folder / 'run')['model']['backbone.layer4.1.conv2.weight'].shape == (512, 512, 3, 3)
     clip, photo = 'data/demo/videos_val/dots_falling_000.mp4', 'data/demo/images_val/dots_000.jpg'
     output = run(f'./evaluate.py --ckpt run/best.pth --clips 2 --workers 0 {clip} {photo}', folder).stdout
     assert f'{clip} (video)\n' in output and f'{photo} (image)\n' in output

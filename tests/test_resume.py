@@ -9,7 +9,7 @@ import socket
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, latest, processes_of, records, run, wait_for
+from conftest import ROOT, SMALL, Forked, checkpoint_in, processes_of, records, run, wait_for
 
 from runtime.distributed import processes
 
@@ -37,13 +37,13 @@ setattr(module, name, dying)
 train.main(arguments)
 """
 
-# Runs train.py, but waits a second after each step from the fourth on, so that it is met alive.
+# Runs train.py, but waits for five seconds before the fourth step, so that it is met alive.
 LINGERS = """
 import time, train
 steps, train_step = [], train.train_step
 def lingering(*args):
     steps.append(None)
-    time.sleep(len(steps) > 3)
+    time.sleep(5 * (len(steps) == 4))
     return train_step(*args)
 train.train_step = lingering
 train.main()
@@ -72,7 +72,7 @@ def dies(demo):
 
 def final(folder):
     """Everything of the last checkpoint that a run determines."""
-    saved = latest(folder)
+    saved = checkpoint_in(folder)
     momentum = {f'momentum {i}': s['momentum_buffer'] for i, s in saved['optimizer']['state'].items()}
     return {**saved['model'], **momentum}
 
@@ -181,7 +181,9 @@ def test_three_ranks_resume_exactly(demo, dies):
     options = '--epochs 1 --videos-per-gpu 2 --images-per-gpu 2'
     run(f'train.py {OPTIONS} {options} --workers 0 --work-dir three', demo, ranks=3)
     line = f'{dies("torch.nn.utils.clip_grad_norm_", 2, "dead", rank=1)} {options}'
-    run(f'{line} {SAVE_EACH_STEP}', demo, ranks=3, expect=-signal.SIGKILL)
+    result = run(f'{line} {SAVE_EACH_STEP}', demo, ranks=3, expect=-signal.SIGKILL)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2 and all('a process of the run has died or hangs' in line for line in lines)
     assert 'resuming from dead/latest.pth' in run(line, demo, ranks=3).stdout
     assert same(final(demo / 'dead'), final(demo / 'three'))
 
@@ -198,7 +200,7 @@ def test_ranks_that_lose_their_launcher_save_and_end(undisturbed, demo):
     forked = start(demo, 'torchrun --nproc_per_node=2 ', 'orphaned')
     os.kill(*forked.pids, signal.SIGKILL)
     wait_for(lambda: not processes_of(demo / 'orphaned'))
-    assert latest(demo / 'orphaned')['step'] < 6  # which would be all
+    assert checkpoint_in(demo / 'orphaned')['step'] < 6  # which would be all
     output = run(f'train.py {OPTIONS} --workers 1 --work-dir orphaned --resume', demo, ranks=2).stdout
     assert 'resuming from orphaned/latest.pth' in output
     assert same(final(demo / 'orphaned'), undisturbed(2))
@@ -223,7 +225,7 @@ def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, ranks, signum):
     output = forked.out.read_text() + forked.err.read_text()
     assert f'{signum.name}: saving after this step' in output
     assert f'stopped by {signum.name} and saved' in output and 'Traceback' not in output
-    saved, (epoch, step) = latest(demo / folder), steps_of(demo / folder)[-1]
+    saved, (epoch, step) = checkpoint_in(demo / folder), steps_of(demo / folder)[-1]
     steps = 4 // ranks  # of an epoch
     assert saved['step'] == steps * (epoch - 1) + step and saved['epoch'] == saved['step'] // steps
     run(f'train.py {OPTIONS} --workers 2 --work-dir {folder} --resume', demo, ranks=ranks)
@@ -297,7 +299,7 @@ def test_a_second_run_keeps_out_of_the_folder(demo):
 def test_a_validation_that_does_not_end_loses_nothing(undisturbed, demo, dies):
     line = dies('evaluate.score_views', 1, 'invalid').replace('--no-validate', '')
     run(line, demo, expect=-signal.SIGKILL)
-    assert (latest(demo / 'invalid')['epoch'], latest(demo / 'invalid')['step']) == (1, 8)
+    assert (checkpoint_in(demo / 'invalid')['epoch'], checkpoint_in(demo / 'invalid')['step']) == (1, 8)
     run(f'train.py {OPTIONS} --workers 1 --work-dir invalid --resume'.replace('--no-validate', ''), demo)
     assert same(final(demo / 'invalid'), undisturbed(1))
     assert steps_of(demo / 'invalid') == [(epoch, step) for epoch in (1, 2, 3) for step in range(1, 5)]
@@ -331,7 +333,7 @@ def test_other_settings_take_effect_on_resume(undisturbed, demo):
     options = '--epochs 4 --weight-decay 0.01 --momentum 0.8 --precision fp16'
     output = run(f'train.py {OPTIONS} {options} --workers 1 --work-dir changed --resume', demo).stdout
     assert 'changed since the checkpoint: weight_decay 0.0001 -> 0.01' in output
-    [group] = latest(demo / 'changed')['optimizer']['param_groups']
+    [group] = checkpoint_in(demo / 'changed')['optimizer']['param_groups']
     assert (group['weight_decay'], group['momentum']) == (0.01, 0.8)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DOCS, ROOT, SMALL, latest, records, run
+from conftest import DOCS, ROOT, SMALL, checkpoint_in, records, run
 
 import data
 import evaluate
@@ -88,7 +88,7 @@ def test_work_folder(trained):
     keys = 'epoch step lr loss video_loss image_loss video_top1 image_top1 grad_norm'
     assert {*keys.split()} < steps[0].keys()
     assert [r['epoch'] for r in records(folder, 'mode')] == [4, 5]
-    checkpoint = latest(folder)
+    checkpoint = checkpoint_in(folder)
     assert checkpoint['epoch'] == 5 and checkpoint['settings']['val_list'] == 'data/demo/video_val.txt'
 
 
@@ -107,7 +107,7 @@ def test_fine_tuning_takes_all_but_the_heads_that_differ(trained):
     output = run(f'{QUICK} --epochs 1 --no-validate {options} --work-dir tuned', folder).stdout
     assert 'starting from work_dirs/demo/latest.pth, with a new head for videos\n' in output
     assert '4 steps are few for a new head (video), which learns from nothing; --epochs 75 ' in output
-    before, after = latest(folder / 'work_dirs/demo')['model'], latest(folder / 'tuned')
+    before, after = checkpoint_in(folder / 'work_dirs/demo')['model'], checkpoint_in(folder / 'tuned')
     assert after['video_labels'] == ['one', 'two', 'three'] and len(after['model']['video_head.4.bias']) == 3
     for key in ('conv1.weight', 'layer4.0.conv1.weight', 'image_head.2.weight'):
         assert torch.equal(before[key], after['model'][key])
@@ -126,7 +126,7 @@ def test_videos_alone_from_class_folders(demo):
     options = '--video-only --no-validate --video-list folders --val-list folders --video-labels='
     output = run(f'{QUICK} --epochs 1 {options} --work-dir video', demo).stdout
     assert '16 videos of 8 classes' in output and 'image' not in output.split('epoch 1/1')[1]
-    checkpoint = latest(demo / 'video')
+    checkpoint = checkpoint_in(demo / 'video')
     assert checkpoint['video_labels'] == [f'class {number}' for number in range(8)]
     assert not any(key.startswith('image_head') for key in checkpoint['model'])
     output = run('evaluate.py --ckpt video/latest.pth --clips 1 --crops 1', demo).stdout
@@ -147,9 +147,11 @@ def test_images_first_then_jointly_or_videos(demo):
     [record] = records(demo / 'work_dirs/images', 'step')
     assert (record['epoch'], record['step']) == (1, 5) and 'video_loss' not in record
 
-    given = latest(demo / 'work_dirs/images')
+    given = checkpoint_in(demo / 'work_dirs/images')
     assert 'video_labels' not in given and len(given['image_labels']) == 4
-    given, both, videos = (latest(demo / name)['model'] for name in ('work_dirs/images', 'both', 'videos'))
+    given, both, videos = (
+        checkpoint_in(demo / name)['model'] for name in ('work_dirs/images', 'both', 'videos')
+    )
     assert not any(key.startswith('video_head') for key in given) and 'video_head.0.weight' in both
     assert not given['bn1.running_mean'].any()
     learned = [key for key in given if 'running' not in key and 'num_batches' not in key]
@@ -175,7 +177,7 @@ torch.save([train.main().state_dict(), paths], f'rank{os.environ["RANK"]}.pth')
 """
     options = '--epochs 2 --workers 0 --videos-per-gpu 4 --images-per-gpu 5 --seed 3 --work-dir pair'
     run(['-c', code, *f'{SMALL} {options}'.split()], demo, ranks=2)
-    (first, *drawn), (second, *others) = (latest(demo, f'rank{rank}') for rank in (0, 1))
+    (first, *drawn), (second, *others) = (checkpoint_in(demo, f'rank{rank}') for rank in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
     names = {'video': 'few.txt', 'image': 'data/demo/image_train.txt'}
@@ -407,7 +409,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     losses = [record['loss'] for record in records(folder / 'work_dirs/mine', 'step')]
     assert len(losses) == 20 and max(losses) < 1.3 * losses[0] and losses[-1] < losses[0]
     assert 'all 20 epochs are done' in run(line, folder).stdout  # the size is read off the file again
-    settings = latest(folder / 'work_dirs/mine')['settings']
+    settings = checkpoint_in(folder / 'work_dirs/mine')['settings']
     assert (settings['width'], settings['layers']) == (8, [1, 1, 1, 1])
 
 
@@ -461,7 +463,7 @@ def test_each_step_has_its_rate_and_dropout_and_the_best_and_last_epochs_are_kep
     assert len(set(seeds)) == len(seeds) == 20
     names = {'epoch_3.pth', 'epoch_4.pth', 'epoch_5.pth', 'best.pth', 'latest.pth'}
     assert {path.name for path in (demo / 'looped').glob('*.pth')} == names
-    best, last = latest(demo / 'looped', 'best'), latest(demo / 'looped')
+    best, last = checkpoint_in(demo / 'looped', 'best'), checkpoint_in(demo / 'looped')
     assert best['epoch'] == 2 and last['epoch'] == 5 and last['best'][0] == best['best'][0] == 0.75
 
 

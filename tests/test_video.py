@@ -251,9 +251,7 @@ def test_a_cover_is_no_video(tmp_path):
             container.mux(packet)
     content = bytearray(path.read_bytes())
     moov, trak, udta = (content.index(name) - 4 for name in (b'moov', b'trak', b'udta'))
-    size = int.from_bytes(
-        content[udta : udta + 4], 'big'
-    )  # of the box with the cover, now before the video's
+    size = int.from_bytes(content[udta : udta + 4], 'big')  # of the cover's box, which now comes first
     content[trak : udta + size] = content[udta : udta + size] + content[trak:udta]
     path.write_bytes(content)
     with av.open(str(path)) as container:
