@@ -212,7 +212,7 @@ def test_two_launchers_train_to_the_same_weights(undisturbed, demo):
         endpoint = f'127.0.0.1:{free.getsockname()[1]}'
     line = f'torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint={endpoint} train.py'
     nodes = [Forked(f'{line} {OPTIONS} --workers 1 --work-dir two_nodes', demo) for _ in range(2)]
-    assert [node.wait() for node in nodes] == [0, 0]
+    assert [node.wait() for node in nodes] == [0, 0], [node.err.read_text()[-3000:] for node in nodes]
     assert same(final(demo / 'two_nodes'), undisturbed(2))
 
 
