@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -254,6 +255,10 @@ def show(text: str = '', file=None, everywhere: bool = False) -> None:
 def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
     """A DataLoader whose workers leave stop signals to the main process, and tell it why a batch fails."""
     if workers:
+        if dist.is_initialized():
+            # A thread of gloo may still let go of what it sent last. In Python before 3.10.15 and 3.11.10, a
+            # worker forked at that moment never starts (cpython issue 112275).
+            time.sleep(0.1)
         # Half an hour is as long as ranks wait for one another. Without SIGCHLD, only a wait without a
         # timeout notices a dead worker.
         options |= {'timeout': 1800} if hasattr(signal, 'SIGCHLD') else {}
