@@ -7,16 +7,13 @@ Everything here stays uint8 (RGB, 0..255); the model normalizes. Every random ch
 seeded by its purpose, so a sample looks the same whichever worker makes it, before or after a restart.
 """
 
-import hashlib
 import math
 import os
 import warnings
 import zlib
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,27 +24,19 @@ from torch.utils.data import Dataset, default_collate
 
 from video import VideoReader
 
-Image.init()
-Image.register_extensions('HEIC', ['.heic', '.heif'])
-UNREAD = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF'  # Pillow only recognizes these
-IMAGE_ENDINGS = '.jpg', '.png', *(ending for ending, kind in Image.EXTENSION.items() if kind not in UNREAD)
-VIDEO_ENDINGS = tuple(
-    '.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .flv .wmv .asf .ts .mts .m2ts .vob .ogv .3gp .3g2 .mxf '
-    '.gif .y4m .f4v .mp4v .m1v .m2v .mp2v .mpe .mpv .m2p .m2t .trp .tp .tod .mod .vro .3gpp .3gp2 .qt .movie '
-    '.mj2 .mjpg .mjpeg .divx .xvid .dv .rm .rmvb .ogm .ogg .h261 .h263 .h264 .264 .avc .h265 .265 .hevc .ivf '
-    '.obu .vc1 .nut .wtv .dvr-ms .amv .nsv .gxf .k3g .insv .lrv'.split()
-)
-ENDINGS = VIDEO_ENDINGS + IMAGE_ENDINGS
-
-
-def refuse_heic(file, name: str) -> NoReturn:
-    raise ValueError('HEIC is not read; save it as JPEG')
-
-
-Image.register_open('HEIC', refuse_heic, lambda start: start[4:11] in (b'ftyphei', b'ftyphev', b'ftypmif'))
-open_image = partial(Image.open, formats=[kind for kind in Image.ID if kind not in UNREAD])
 warnings.filterwarnings('ignore', module='PIL')  # about odd metadata, and pictures of 90 to 180 megapixels
 Rng = np.random.Generator
+
+
+def open_image(path: str) -> Image.Image:
+    """A picture whose pixels are not decoded yet. Raises what Pillow raises, or ValueError for a kind that is
+    not for photos (Pillow has EPS drawn by another program)."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError('not a regular file')
+    image = Image.open(open(path, 'rb'))  # by name, Pillow would map a turned TIFF with its sides swapped
+    if image.format in ('EPS', 'WMF'):
+        raise ValueError(f'{image.format} is a drawing, not a photo')
+    return image
 
 
 def generator(purpose: str, *numbers: int) -> Rng:
@@ -71,19 +60,6 @@ class FileList:
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
-
-    def lost(self, unreadable: Iterable[int], kind: str, names: list[str] | None) -> list[str]:
-        """A line for each class whose files are all `unreadable`."""
-        counts = np.bincount(self.labels)
-        lost = counts == np.bincount(self.labels[[*unreadable]], minlength=len(counts))
-        names = names or [f'class {label}' for label in range(len(counts))]
-        text = "{} of '{}' ({} files): none can be read"
-        return [text.format(kind, names[i], counts[i]) for i in np.flatnonzero(lost & (counts > 0))]
-
-    @cached_property
-    def fingerprint(self) -> list[str]:
-        """A digest of the names, and one of their labels."""
-        return [hashlib.sha256(array.tobytes()).hexdigest() for array in (self.paths, self.labels)]
 
 
 class Sample(NamedTuple):
@@ -233,20 +209,6 @@ class ImageDataset(FileDataset):
         return center_crop(pixels, self.size).unsqueeze(0)
 
 
-def is_image(path: str) -> bool:
-    """Whether a file is for ImageDataset, if no list says so: Pillow opens it and it is not animated.
-    Anything else is for VideoDataset."""
-    try:
-        with open_image(path) as image:
-            if image.format in ('AVIF', 'FLI', 'GIF', 'PNG'):  # FFmpeg before 9 plays no animated WebP
-                return image.n_frames - getattr(image, 'default_image', False) == 1
-            return not path.lower().endswith(('.mjpg', '.mjpeg'))  # Pillow sees their first frame
-    except OSError:  # not a picture; VideoReader will say if something else is wrong
-        return False
-    except Exception:  # a picture; reading it will tell what is wrong
-        return True
-
-
 def upright(image: Image.Image) -> Image.Image:
     """An opened picture, decoded, rotated as its metadata says, in 8 bits. A second call changes nothing.
     Raises ValueError if nothing says which grey is white; a damaged file can raise any Exception."""
@@ -363,18 +325,6 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 # Sources and their joint batches --------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """One kind of data that the network learns from, with its classes and its share of a batch."""
-
-    name: str  # also of its head
-    labels: list[str] | None  # class names
-    classes: int
-    train: FileDataset
-    val: FileDataset | None
-    per_gpu: int  # samples in each batch
 
 
 class JointDataset(Dataset):

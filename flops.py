@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import OmniSlowOnly
-from runtime.flags import Parser, number
+from runtime.command import Parser, number
 
 
 def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:

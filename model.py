@@ -15,12 +15,9 @@ lists the joint training under OmniSource (Duan et al., https://arxiv.org/abs/20
 is its `slowonly_r50_8xb16-8x8x1-256e_imagenet-kinetics400-rgb`. Begin with `OmniSlowOnly.forward`.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 EVEN_STEPS = 100  # of a run; see `set_momentum`
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB 0..255
@@ -134,7 +131,7 @@ class OmniSlowOnly(nn.Module):
     with `model.normalize = False` it must be normalized already. Weights are initialized by PyTorch's
     defaults and kept in channels-last memory.
 
-    A network that replaces this one needs the same arguments, `from_state_dict`, `head`, `features`,
+    A network that replaces this one needs the same arguments, `size_of`, `head`, `features`,
     `forward` and, for --freeze, `freeze_trunk` and `train`. `fold_batchnorm` leaves other BatchNorms alone.
     """
 
@@ -178,17 +175,18 @@ class OmniSlowOnly(nn.Module):
         first = Bottleneck(in_channels, width, stride, temporal)
         return nn.ModuleList([first] + [Bottleneck(4 * width, width, 1, temporal) for _ in range(blocks - 1)])
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> 'OmniSlowOnly':
-        """An untrained network of the size of these weights. Raises ValueError for other kinds of weights."""
-        blocks = [
-            1 + max((int(key.split('.')[1]) for key in state if key.startswith(f'layer{i}.')), default=-1)
-            for i in range(1, 5)
-        ]
-        if 'conv1.weight' not in state or 0 in blocks:
-            raise ValueError('not a SlowOnly network: it has no conv1.weight or lacks a stage')
-        classes = [len(state.get(key, ())) for key in ('video_head.4.weight', 'image_head.2.weight')]
-        return cls(*classes, tuple(blocks), len(state['conv1.weight']))
+    @staticmethod
+    def size_of(state: dict[str, Tensor]) -> dict:
+        """The arguments of a network with these weights. Raises ValueError for other kinds of weights."""
+        stages = [{key.split('.')[1] for key in state if key.startswith(f'layer{i}.')} for i in range(1, 5)]
+        if not all(stages) or not {'conv1.weight', 'layer1.0.conv3.weight'} <= state.keys():
+            raise ValueError('not weights of a SlowOnly or another ResNet with bottlenecks')
+        return {
+            'video_classes': len(state.get('video_head.4.weight', ())),
+            'image_classes': len(state.get('image_head.2.weight', ())),
+            'layers': [len(blocks) for blocks in stages],
+            'width': len(state['conv1.weight']),
+        }
 
     def freeze_trunk(self) -> None:
         """Let only the heads learn."""
@@ -234,27 +232,3 @@ class OmniSlowOnly(nn.Module):
         if images is not None:
             return self(x), self(images)
         return self.head('image' if x.ndim == 4 else 'video')(self.features(x))
-
-
-class Folded(nn.Module):
-    """What is left of a BatchNorm once its affine map is part of the convolution before it: nothing."""
-
-    def forward(self, x: Tensor, is_image: bool) -> Tensor:
-        return x
-
-
-def fold_batchnorm(network: nn.Module, is_image: bool) -> nn.Module:
-    """A copy for inference on one source: each BatchNorm is folded into the convolution defined before it.
-    The same function up to rounding, with half the passes over memory."""
-    network = copy.deepcopy(network).eval()
-    for module in network.modules():
-        children = list(module.named_children())
-        for (_, conv), (name, bn) in zip(children, children[1:]):
-            if isinstance(bn, BatchNorm):
-                prefix = 'image_running' if is_image else 'running'
-                mean, var = getattr(bn, f'{prefix}_mean'), getattr(bn, f'{prefix}_var')
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, None, mean, var, bn.eps, bn.weight, bn.bias
-                )
-                setattr(module, name, Folded())
-    return network.to(memory_format=torch.channels_last)

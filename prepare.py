@@ -25,11 +25,8 @@ from PIL import Image
 
 import data
 from runtime import sources
-from runtime.distributed import about_file, locked, open_outputs
-from runtime.distributed import show as say
-from runtime.flags import Parser, number
-from runtime.output import draw_rows
-from runtime.parallel import in_parallel
+from runtime.command import Parser, draw_rows, in_parallel, number
+from runtime.distributed import about_file, locked, open_outputs, say
 from video import VideoReader, local, open_video, turn, upright
 
 # check: what training and evaluation cannot read ----------------------------------------------------------
@@ -44,23 +41,25 @@ def check(source: str, root: str = '') -> tuple[int, list[str]]:
     """
     as_image, kind, names, files = None, 'files', None, None
     if os.path.isdir(source):
-        paths = sources.files_below(source, data.ENDINGS)
+        paths = sources.files_below(source, sources.VIDEO_ENDINGS + sources.image_endings())
         if not paths:
             raise ValueError(f'{source}: no videos or images below it')
         names, labels = np.unique([os.path.dirname(path) for path in paths], return_inverse=True)
         names, files = names.tolist(), data.FileList(np.array([*map(os.fsencode, paths)]), labels)
-    elif source.lower().endswith(data.ENDINGS) or data.is_image(source) or not is_text(source):
+    elif (
+        source.lower().endswith(sources.VIDEO_ENDINGS + sources.image_endings())
+        or sources.is_image(source)
+        or not is_text(source)
+    ):
         paths = [source]
     else:
         files = sources.read_list(source, root, videos=True)
         sources.check_there(files, source, '--root')
         paths = [files.path(index) for index in range(len(files))]
-        as_image = np.mean([data.is_image(path) for path in paths[:: len(paths) // 100 + 1]]) > 0.8
+        as_image = np.mean([sources.is_image(path) for path in paths[:: len(paths) // 100 + 1]]) > 0.8
         kind = 'images' if as_image else 'videos'
     jobs = dict.fromkeys((path, as_image) for path in paths)
     bad = {path: reason for (path, _), reason in in_parallel(check_file, [*jobs], 'checking') if reason}
-    for line in files.lost([i for i, path in enumerate(paths) if path in bad], kind, names) if files else ():
-        say(line)
     return len(jobs), sorted(f'{path}: {reason}' for path, reason in bad.items())
 
 
@@ -74,7 +73,7 @@ def is_text(path: str) -> bool:
 def check_file(path: str, as_image: bool | None = None) -> None:
     """Read a file as training and evaluation do, then all of it. `as_image` None lets its content decide. A
     damaged file can raise any Exception."""
-    as_image = data.is_image(path) if as_image is None else as_image
+    as_image = sources.is_image(path) if as_image is None else as_image
     kind = data.ImageDataset if as_image else data.VideoDataset
     kind(None).load(path, data.generator('check'))  # decodes a large JPEG at half its size or less
     kind(None, 'val').load(path, None)  # resizes whole frames
@@ -118,7 +117,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
         raise ValueError(f'{source}: not a folder; encode takes a folder of videos or images')
     if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}')
-    paths = sources.files_below(source, data.ENDINGS)
+    paths = sources.files_below(source, sources.VIDEO_ENDINGS + sources.image_endings())
     if not paths:
         raise ValueError(f'{source}: no videos or images below it')
     copies = [os.path.join(target, os.path.relpath(path, source)) for path in paths]
@@ -151,7 +150,7 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     """
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
-    part, as_image = f'{target}.part', data.is_image(source)
+    part, as_image = f'{target}.part', sources.is_image(source)
     if as_image:
         with data.open_image(source) as image:
             keep = min(image.size) <= short_side or image.format == 'WEBP' and image.n_frames > 1
@@ -160,7 +159,7 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
             codec = video.stream.codec_context
             small = codec.name == 'h264' and min(codec.width, codec.height) <= short_side
             keep = small and video.group <= gop
-    if keep or not as_image and source.lower().endswith(data.IMAGE_ENDINGS):
+    if keep or not as_image and source.lower().endswith(sources.image_endings()):
         check_file(source, as_image)
         shutil.copyfile(source, part)
     elif as_image:

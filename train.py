@@ -28,10 +28,10 @@ import data
 import evaluate
 import prepare
 from model import EVEN_STEPS, OmniSlowOnly, running_statistics, set_momentum
-from runtime import checkpoint, distributed, flags, log
-from runtime.distributed import rank, show, together, world_size
+from runtime import checkpoint, command, distributed, log
+from runtime.distributed import rank, say, together, world_size
 from runtime.guard import Guard
-from runtime.sources import compare_data, open_sources
+from runtime.sources import compare_data, fingerprint, open_sources
 
 # Settings -------------------------------------------------------------------------------------------------
 
@@ -71,9 +71,9 @@ def settings(parser: argparse.ArgumentParser, title: str) -> Callable:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
 
-    count, above_0 = flags.number(int, 1), flags.number(float, 0, above=True)
+    count, above_0 = command.number(int, 1), command.number(float, 0, above=True)
     add = settings(parser, 'data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
@@ -100,14 +100,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = settings(parser, 'recipe')
     add('--epochs', 'many, because everything is learned from scratch', type=count, default=256)
-    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=flags.number(int, 0))
+    add('--warmup-epochs', 'default: in proportion, 34 of 256', type=command.number(int, 0))
     add('--videos-per-gpu', 'videos in a batch of each process', type=count, default=16)
     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
     add('--accumulate', 'batches per step: one GPU with 8 learns like 8 GPUs', type=count, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
     add('--auto-scale-lr', 'scale --lr by (videos per step) / 128', action='store_true')
-    add('--momentum', 'of SGD', type=flags.number(float, 0, 1), default=0.9)
-    add('--weight-decay', 'on all parameters, biases too', type=flags.number(float, 0, 1), default=1e-4)
+    add('--momentum', 'of SGD', type=command.number(float, 0, 1), default=0.9)
+    add('--weight-decay', 'on all parameters, biases too', type=command.number(float, 0, 1), default=1e-4)
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
@@ -119,11 +119,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = settings(parser, 'run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
     add('--resume', 'resume from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
-    add('--seed', 'determines the whole run', type=flags.number(int, 0, 2**63), default=0)
+    add('--seed', 'determines the whole run', type=command.number(int, 0, 2**63), default=0)
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
     add('--precision', 'default: bf16 if the GPU has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
-    add('--workers', 'loader processes; default: its share of the cores, up to 16', type=flags.number(int, 0))
+    add(
+        '--workers',
+        'loader processes; default: its share of the cores, up to 16',
+        type=command.number(int, 0),
+    )
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
     add('--val-interval', 'epochs between validations and kept checkpoints', type=count, default=4)
     add('--save-minutes', 'minutes between saves of latest.pth', type=above_0, default=10)
@@ -264,7 +268,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         checkpoint.fit_size(args, saved)
         if saved:
             compare_data(saved, args, sources, path)
-    lists = {s.name: [own and own.files.fingerprint for own in (s.train, s.val)] for s in sources}
+    lists = {s.name: [own and fingerprint(own.files) for own in (s.train, s.val)] for s in sources}
     found = saved and [saved[key] for key in ('step', 'epoch', 'best')]
     own = ('_list', '_root', '_labels', '_dir', 'workers')  # these may differ between nodes
     settings = {key: value for key, value in vars(args).items() if not key.endswith(own)}
@@ -379,7 +383,6 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             logger.add(drawn, results, grad_norm)
             if (step - epoch * steps_per_epoch) % args.log_interval == 0 or step == end:
                 logger.line(lr, guard.unreadable)
-        guard.name_lost(sources)
 
         keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
         names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # latest.pth last: resuming tries it first
@@ -387,7 +390,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             batches = None  # next come fresh workers, because decoding leaves a little memory in use
         if keep and (validated := [source.name for source in sources if source.val is not None]):
             save('latest.pth')  # so that a failed validation loses nothing
-            result = validate(network, sources, precision, workers)
+            result = evaluate.validate(network, sources, precision, workers)
             logger.validation(result)
             top1, own = result[f'{validated[0]}_top1'], lists[validated[0]][1]
             if top1 > best[0] or own != best[1] or not (logger.folder / 'best.pth').exists():
@@ -403,21 +406,6 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     return network
 
 
-def validate(network: nn.Module, sources: list, precision: str, workers: int) -> dict[str, float]:
-    """{'video_top1': ..., 'image_top5': ...} for each source that has a validation set."""
-    result = {}
-    for source in sources:
-        if source.val is not None:
-            scores, labels, bad = evaluate.predict(
-                network, source.name, source.val, precision, 16, workers, f'validating {source.name}s'
-            )
-            for line in bad:
-                show(f'unreadable, counted as wrong: {line}')
-            metrics = evaluate.accuracy(scores, labels)
-            result |= {f'{source.name}_{key}': round(value, 4) for key, value in metrics.items()}
-    return result
-
-
 def main(argv: list[str] | None = None) -> nn.Module:
     args = parse_args(argv)
     with distributed.processes('train.py') as device:
@@ -431,15 +419,15 @@ def main(argv: list[str] | None = None) -> nn.Module:
         sets += [] if args.video_only or not args.image_val_list else [[*ckpt, '--images']]
         for line in sets if args.demo and not args.no_validate else []:
             views = '' if '--images' in line else '  (30 views of each video; the validations above take one)'
-            show(f'\nevaluate.py {shlex.join(line)}{views}')
+            say(f'\nevaluate.py {shlex.join(line)}{views}')
             evaluate.run(evaluate.parse_args(line), device)
         own = 'YOUR.jpg' if args.image_only else 'YOUR.mp4'
         if args.demo:
             file = 'images_val/dots_000.jpg' if args.image_only else 'videos_val/dots_rising_000.mp4'
             own = f'data/demo/{file}  # or {own}'
-        show(f'\nNext: python evaluate.py {shlex.join(ckpt)} {own}')
+        say(f'\nNext: python evaluate.py {shlex.join(ckpt)} {own}')
         if sets:
-            show(f'Next: python evaluate.py {shlex.join([*sets[0], "--dump", "result.pkl"])}')
+            say(f'Next: python evaluate.py {shlex.join([*sets[0], "--dump", "result.pkl"])}')
     return network
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model import OmniSlowOnly
-from runtime.distributed import alone_in, show
+from runtime.distributed import alone_in, say
 
 # The names that a run gives; whatever else lies in its folder is the user's.
 OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
@@ -209,7 +209,7 @@ def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | N
     saved, path = newest(folder)
     own = saved and resume and os.path.realpath(resume) == os.path.realpath(path)
     if resume == 'auto' or own or saved and resume and saved['settings']['resume'] == resume:
-        show(f'resuming from {path}' if saved else f'nothing to resume in {folder}: starting afresh')
+        say(f'resuming from {path}' if saved else f'nothing to resume in {folder}: starting afresh')
         return saved, path
     if saved and not (demo and not resume and saved['settings'].get('demo')):
         raise ValueError(
@@ -218,7 +218,7 @@ def find(resume: str | None, folder: Path, demo: bool = False) -> tuple[dict | N
         )
     if resume:
         saved, path = load_run(resume), resume
-        show(f'resuming from {path}, into {folder}')
+        say(f'resuming from {path}, into {folder}')
         return saved, path
     return None, ''
 
@@ -236,7 +236,7 @@ def newest(folder: Path) -> tuple[dict | None, str]:
             continue
         except (OSError, ValueError) as error:
             damaged += 1
-            show(f'skipping {error}')
+            say(f'skipping {error}')
     if damaged:
         raise ValueError(
             f'{folder}: no checkpoint in it can be resumed; move its checkpoints away to start afresh'
@@ -270,13 +270,13 @@ def first_weights(network: nn.Module, args: argparse.Namespace, sources: list, s
     if steps < 300 and (new or scratch):
         what = 'a network that' if scratch else f'a new head ({", ".join(new)}), which'
         enough = math.ceil(300 / steps_per_epoch)
-        show(f'{steps} steps are few for {what} learns from nothing; --epochs {enough} makes 300')
+        say(f'{steps} steps are few for {what} learns from nothing; --epochs {enough} makes 300')
 
 
 def build(saved: dict, path: str) -> OmniSlowOnly:
     """The network of a checkpoint, its size read from the weights, in eval mode."""
     try:
-        network = OmniSlowOnly.from_state_dict(saved['model'])
+        network = OmniSlowOnly(**OmniSlowOnly.size_of(saved['model']))
     except (ValueError, TypeError):
         first = next(iter(saved['model']))
         raise ValueError(f'{path}: weights of a network other than SlowOnly; the first is {first}') from None
@@ -306,7 +306,7 @@ def load_init(network: nn.Module, saved: dict, path: str, labels: dict[str, list
             new.append(source)
     network.load_state_dict(matching(network, saved['model'], path, new), strict=False)
     with_new = f', with a new head for {" and ".join(f"{source}s" for source in new)}' if new else ''
-    show(f'starting from {path}{with_new}')
+    say(f'starting from {path}{with_new}')
     return new
 
 
@@ -314,7 +314,7 @@ def load_2d(network: nn.Module, path: str) -> None:
     """Start from a 2D ResNet's weights, or from those of an image-only run; heads stay as they are."""
     state = load(path)['model']
     network.load_state_dict(matching(network, state, path, heads(network), inflate=True), strict=False)
-    show(f'starting from {path}: its backbone; the heads are new')
+    say(f'starting from {path}: its backbone; the heads are new')
 
 
 def inflate_2d(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

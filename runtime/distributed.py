@@ -74,7 +74,7 @@ def processes(program: str):
             end_workers()  # first, because the death of one would interrupt the output below
             signal.signal(signal.SIGINT, before)
     except SystemExit as stop:  # all ranks have agreed on it
-        leave(stop.code)
+        end_process(stop.code)
     except Exception as error:
         line = explain(error)
         if program != 'train.py':
@@ -83,8 +83,8 @@ def processes(program: str):
             raise
         sys.unraisablehook = lambda _: None  # a DataLoader that could not start complains when it ends
         line = f'{program}: {line}' if line else traceback.format_exc()
-        show(line, sys.stderr, everywhere=not isinstance(error, UserError))
-        leave(1)
+        say(line, sys.stderr, everywhere=not isinstance(error, UserError))
+        end_process(1)
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -122,7 +122,7 @@ def open_outputs() -> None:
             getattr(sys, name).reconfigure(encoding='utf-8', errors='surrogateescape')
 
 
-def leave(status: int) -> None:
+def end_process(status: int) -> None:
     """End this process, at once if there are others: leaving the group properly would wait for ranks that may
     never come (NCCL aborts only when all do), and hold back what is printed."""
     if not dist.is_initialized():
@@ -236,7 +236,7 @@ def stop_together(trouble: str) -> None:
         raise UserError(text)
 
 
-def show(text: str = '', file=None, everywhere: bool = False) -> None:
+def say(text: str = '', file=None, everywhere: bool = False) -> None:
     """Print a line above progress bars, on the main process or everywhere. A closed pipe (`| head`) or
     terminal ends nothing."""
     if rank() and not everywhere:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data import Batch, Source
-from runtime.distributed import STOP_SIGNALS, UserError, add_up, gather, rank, show, stop_together
+from data import Batch
+from runtime.distributed import STOP_SIGNALS, UserError, add_up, rank, say, stop_together
 
 
 class Stop(BaseException):
@@ -98,22 +98,13 @@ class Guard:
         stop = next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
         return bool(due), stop
 
-    def name_lost(self, sources: list[Source]) -> None:
-        """At the end of an epoch, name the classes without a readable file. All processes call it."""
-        if self.unreadable:
-            lost = set().union(*gather(self.lost))
-            for source in sources:
-                own = [index for name, index in lost if name == source.name]
-                for line in source.train.files.lost(own, f'{source.name}s', source.labels):
-                    show(line)
-
     def saved(self) -> None:
         """A checkpoint has just been written."""
         self.last_save = time.monotonic()
 
     def leave(self, signum: int) -> None:
         """End the run, which a signal has stopped and which has been saved."""
-        show(f'stopped by {signal.Signals(signum).name} and saved; --resume goes on from here')
+        say(f'stopped by {signal.Signals(signum).name} and saved; --resume goes on from here')
         sys.exit(128 + signum)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from runtime import distributed
-from runtime.distributed import UserError, locked, peak_memory, rank, show, world_size
+from runtime.distributed import UserError, locked, peak_memory, rank, say, world_size
 
 
 class Log:
@@ -63,7 +63,7 @@ class Log:
                 raise
             self.board = None
             if getattr(error, 'name', '') != 'tensorboard':
-                show(f'no more TensorBoard events: {data.one_line(error)}')
+                say(f'no more TensorBoard events: {data.one_line(error)}')
 
     def new_line(self) -> None:
         """Begin a new line, and its clock."""
@@ -121,7 +121,7 @@ class Log:
         left = (self.epochs * self.steps - self.step) * record['time']
         record |= {'unreadable': unreadable, 'eta': str(timedelta(seconds=round(left)))}
         record |= {'frozen': True} if self.frozen else {}
-        show(self.text(record))
+        say(self.text(record))
         self.write(record, 'train')
         self.bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
         for norm in norms:
@@ -135,7 +135,7 @@ class Log:
         if self.step == self.end:
             self.bar.close()
             if unreadable:
-                show(f'{unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
+                say(f'{unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
 
     def text(self, record: dict) -> str:
         """A record in readable form."""
@@ -168,7 +168,7 @@ class Log:
         self.bar.close()  # still open if nothing was left to train in the epoch
         self.write({'epoch': self.epoch + 1, 'mode': 'val', **result}, 'val')
         shown = '  '.join(f'{key} {value:.1%}' for key, value in result.items())
-        show(f'epoch {self.epoch + 1}/{self.epochs} validation  {shown}')
+        say(f'epoch {self.epoch + 1}/{self.epochs} validation  {shown}')
 
     def close(self) -> None:
         with self.optional_board():
@@ -180,39 +180,39 @@ def introduce(
     args: argparse.Namespace, sources: list, sampler, computing: str, saved: dict | None, step: int
 ) -> None:
     """Say what a run is about to do, and what has changed since its checkpoint."""
-    show(f'{world_size()} x {computing} each, seed {args.seed}')
+    say(f'{world_size()} x {computing} each, seed {args.seed}')
     for source in sources:
         seen = sampler.steps_per_epoch * sampler.per_step[source.name]
-        show(f'an epoch sees {seen} {source.name}s, {seen / len(source.train):.3g} times the set')
+        say(f'an epoch sees {seen} {source.name}s, {seen / len(source.train):.3g} times the set')
         if source.val is None and not args.no_validate:
             flag = 'val' if source.name == 'video' else f'{source.name}-val'
-            show(f'{source.name}s are not validated: no --{flag}-list')
+            say(f'{source.name}s are not validated: no --{flag}-list')
     times = f'{world_size()} x ' + (f'{args.accumulate} x ' if args.accumulate > 1 else '')
     batch = ' and '.join(f'{times}{source.per_gpu} {source.name}s' for source in sources)
     steps = sampler.steps_per_epoch
-    show(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
+    say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
     times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]  # the demo needs more
     if times > 2 and sources[0].name == 'video' and not args.demo:
         advice = '' if args.auto_scale_lr else '; --auto-scale-lr makes it the same'
-        show(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
+        say(f"the learning rate is {times:.1f} times the recipe's for so many videos a step{advice}")
     if args.freeze:
-        show('frozen: only the heads learn, the rest stays as it is')
+        say('frozen: only the heads learn, the rest stays as it is')
     say_cpu_cost(args, sources, computing)
     if args.compile:
-        show('compiling: the first 100 steps of a run are not compiled, the next one takes minutes')
+        say('compiling: the first 100 steps of a run are not compiled, the next one takes minutes')
     if saved:
         harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
         for key, value in vars(args).items():
             was = saved['settings'].get(key, value)
             if was != value is not None and key not in harmless:
-                show(f'changed since the checkpoint: {key} {was} -> {value}')
+                say(f'changed since the checkpoint: {key} {was} -> {value}')
         if steps != saved['steps_per_epoch']:
-            show(
+            say(
                 f'{saved["steps_per_epoch"]} steps an epoch -> {steps}: going on after step {step % steps} '
                 f'of epoch {step // steps + 1}'
             )
         if saved['epoch'] >= args.epochs:
-            show(f'all {args.epochs} epochs are done: nothing is left to train')
+            say(f'all {args.epochs} epochs are done: nothing is left to train')
 
 
 def say_cpu_cost(args: argparse.Namespace, sources: list, computing: str) -> None:
@@ -228,7 +228,7 @@ def say_cpu_cost(args: argparse.Namespace, sources: list, computing: str) -> Non
     if args.freeze:  # nothing is kept for a backward pass
         memory, seconds = memory / 10, seconds / 3
     if computing.startswith('cpu') and seconds > 10:
-        show(
+        say(
             f'on this CPU a step takes about {seconds:.0f} seconds and {memory:.0f} GB: --width 16 '
             '--size 112, or smaller --videos-per-gpu and --images-per-gpu, take less'
         )

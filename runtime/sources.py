@@ -4,21 +4,55 @@ with a checkpoint's. Begin with `open_sources`; `read_list` describes the format
 
 import argparse
 import codecs
+import hashlib
 import io
 import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import data
-from runtime.distributed import show
+from data import FileDataset, FileList
+from runtime.distributed import say
+
+VIDEO_ENDINGS = tuple('.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv .gif'.split())
 
 
-def open_sources(args: argparse.Namespace) -> list[data.Source]:
+def image_endings() -> tuple[str, ...]:
+    """The endings of the pictures that Pillow reads."""
+    unread = ('.gif', '.eps', '.ps', '.wmf', '.emf', '.pdf', '.mpg', '.mpeg')
+    return tuple(ending for ending in Image.registered_extensions() if ending not in unread)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is for ImageDataset, by its ending."""
+    return path.lower().endswith(image_endings())
+
+
+def fingerprint(files: FileList) -> list[str]:
+    """A digest of the names, and one of their labels."""
+    return [hashlib.sha256(array.tobytes()).hexdigest() for array in (files.paths, files.labels)]
+
+
+@dataclass
+class Source:
+    """One kind of data that the network learns from, with its classes and its share of a batch."""
+
+    name: str  # also of its head
+    labels: list[str] | None  # class names
+    classes: int
+    train: FileDataset
+    val: FileDataset | None
+    per_gpu: int  # samples in each batch
+
+
+def open_sources(args: argparse.Namespace) -> list[Source]:
     """What the run learns from. Raises OSError or ValueError if a list cannot be used."""
     sources = []
     if not args.image_only:
@@ -28,7 +62,7 @@ def open_sources(args: argparse.Namespace) -> list[data.Source]:
     return sources
 
 
-def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
+def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
     """The source of --NAME-list, --NAME-root, --NAME-labels and --NAMEs-per-gpu, validated on --VAL-list and
     --VAL-root."""
     per_gpu = getattr(args, f'{name}s_per_gpu') or max(round(args.videos_per_gpu * 85 / 16), 2)
@@ -56,7 +90,7 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
         held_out = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
         if os.path.isdir(list_file) and not label_map and not os.path.isdir(val_list):
             ends = f'label 0 as {labels[0]!r}, {classes - 1} as {labels[-1]!r}'
-            show(f'{val_list}: taking {ends}, in the order of the class folders')
+            say(f'{val_list}: taking {ends}, in the order of the class folders')
     if name == 'video':
         clip = {'size': args.size, 'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
         train = data.VideoDataset(samples, 'train', seed=args.seed, flip=not args.no_flip, **clip)
@@ -65,12 +99,12 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> data.Source:
         purpose = 'ImageDataset' if name == 'image' else name
         train = data.ImageDataset(samples, 'train', args.size, args.seed, not args.no_flip, purpose)
         held_out = held_out and data.ImageDataset(held_out, 'val', args.size)
-    return data.Source(name, labels, classes, train, held_out, per_gpu)
+    return Source(name, labels, classes, train, held_out, per_gpu)
 
 
 def open_list(
     list_file: str, root: str, prefix: str, labels: list[str] | None, classes: int | None, videos: bool
-) -> data.FileList:
+) -> FileList:
     """The samples of --PREFIX-list and --PREFIX-root."""
     flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
@@ -85,7 +119,7 @@ def open_list(
     return samples
 
 
-def check_there(samples: data.FileList, list_file: str, flag: str) -> None:
+def check_there(samples: FileList, list_file: str, flag: str) -> None:
     """Raise FileNotFoundError if none of the first files exists; `flag` names their folder."""
     start = [samples.path(i) for i in range(min(10, len(samples)))]
     if not any(os.path.exists(path) for path in start):
@@ -96,7 +130,7 @@ def check_there(samples: data.FileList, list_file: str, flag: str) -> None:
 
 
 def check_classes(
-    samples: data.FileList, name: str, list_file: str, labels: list[str] | None, classes: int
+    samples: FileList, name: str, list_file: str, labels: list[str] | None, classes: int
 ) -> None:
     """Say how many samples of each class a training list has, and what is odd about it; ValueError if nothing
     can be learned from it."""
@@ -113,10 +147,10 @@ def check_classes(
         text += f'; classes without {name}s: {empty}'
     if not counts[0] and not labels:
         text += '; labels are expected to count from 0'
-    show(f'{list_file}: {text}')
+    say(f'{list_file}: {text}')
 
 
-def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Source], path: str) -> None:
+def compare_data(saved: dict, args: argparse.Namespace, sources: list[Source], path: str) -> None:
     """Say which lists have changed since a checkpoint. ValueError if its network does not fit, or if its
     labels would change their meaning."""
     for key in ('layers', 'width', 'video_only', 'image_only', 'freeze'):
@@ -135,7 +169,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
                 f'{path}: {name} label {label} was {was!r} there and is {new!r} now; --init starts a new '
                 'run from its weights'
             )
-        paths, labels = source.train.files.fingerprint
+        paths, labels = fingerprint(source.train.files)
         if name not in saved['lists']:
             raise ValueError(f'{path}: never learned from {name}s; --init starts a new run from its weights')
         old_paths, old_labels = saved['lists'][name][0]
@@ -145,7 +179,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[data.Sourc
                 'run from its weights'
             )
         if paths != old_paths:
-            show(f'changed since the checkpoint: the list of training {name}s')
+            say(f'changed since the checkpoint: the list of training {name}s')
 
 
 # Lists, class folders and label maps ----------------------------------------------------------------------
@@ -187,7 +221,7 @@ def read_list(
     num_classes: int | None = None,
     videos: bool = False,
     names: list[str] | None = None,
-) -> data.FileList:
+) -> FileList:
     """Read lines of `path label`, separated by spaces, tabs, commas or semicolons. Paths are below `root` and
     may contain spaces; blank lines and a header are skipped.
 
@@ -218,13 +252,13 @@ def read_list(
             raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
         stem = re.sub(r'([\s,;]+("?)\d+\2)+$', '', path) if path[-1] in '"0123456789' else path
         counts, lower = re.findall(r'\d+', path[len(stem) :]), unquote(stem).lower()
-        if counts and (videos or lower.endswith(data.ENDINGS)):
+        if counts and (videos or lower.endswith(VIDEO_ENDINGS + image_endings())):
             if not videos or len(counts) > 1 or int(counts[0]) == 0:
                 raise ValueError(f'{list_file}:{number}: {several}')
             path = stem
-        if videos and lower.endswith(data.VIDEO_ENDINGS):
+        if videos and lower.endswith(VIDEO_ENDINGS):
             frames.setdefault(int(counts[0]) if counts else None, number)
-        elif videos and not lower.endswith(data.IMAGE_ENDINGS):
+        elif videos and not lower.endswith(image_endings()):
             odd.setdefault(re.search(r'\.[a-z]\w*$|$', lower)[0], []).append(len(paths))
         paths.append(unquote(path))
         labels.append(label)
@@ -249,13 +283,13 @@ def read_list(
         added = not ending or any(os.path.isfile(f'{path}.mp4') for path in first)
         for i in places if added and not any(map(os.path.isfile, first)) else ():
             paths[i] += '.mp4'
-    return data.FileList(np.array([*map(os.fsencode, paths)]), np.array(labels, dtype=np.int64), root)
+    return FileList(np.array([*map(os.fsencode, paths)]), np.array(labels, dtype=np.int64), root)
 
 
-def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[str] | None) -> data.FileList:
+def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[str] | None) -> FileList:
     """The samples of a folder of class folders, files at any depth. `names` number the classes, otherwise the
     alphabet does. ValueError for a class folder whose name is not among them, or if there are no files."""
-    endings, start = data.VIDEO_ENDINGS if videos else data.IMAGE_ENDINGS, len(os.path.join(folder, ''))
+    endings, start = VIDEO_ENDINGS if videos else image_endings(), len(os.path.join(folder, ''))
     if not names:
         names = class_names(folder)
         if num_classes not in (None, len(names)):
@@ -264,7 +298,7 @@ def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[
                 'classes they are'
             )
         if num_classes:
-            show(f'{folder}: the classes have no names, so its folders are numbered in alphabetical order')
+            say(f'{folder}: the classes have no names, so its folders are numbered in alphabetical order')
     numbers = {nfc(name): number for number, name in enumerate(names)}
     paths = [path[start:] for path in files_below(folder, endings)]
     files = {path: nfc(path.partition(os.sep)[0]) for path in paths if os.sep in path}
@@ -278,9 +312,9 @@ def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[
             f'{folder}: no CLASS/NAME{endings[0]} or the like in it; a list of "path label" works too'
         )
     if len(files) < len(paths):
-        show(f'{folder}: {len(paths) - len(files)} of {len(paths)} files are in no class folder and left out')
+        say(f'{folder}: {len(paths) - len(files)} of {len(paths)} files are in no class folder and left out')
     labels = np.array([numbers[name] for name in files.values()], dtype=np.int64)
-    return data.FileList(np.array([*map(os.fsencode, files)]), labels, folder)
+    return FileList(np.array([*map(os.fsencode, files)]), labels, folder)
 
 
 def class_names(folder: str) -> list[str]:
@@ -299,10 +333,10 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
     found.sort(key=lambda path: path.replace(os.sep, '\0'))
     files = [path for path in found if path.lower().endswith(endings)]
     for error in unreadable:
-        show(f'{error.filename}: left out, {data.one_line(error)}')
+        say(f'{error.filename}: left out, {data.one_line(error)}')
     if len(files) < len(found):
         other = next(path for path in found if not path.lower().endswith(endings))
-        show(
+        say(
             f'{folder}: {len(found) - len(files)} of {len(found)} files are left out, such as {other}: its '
             f'ending is none of {", ".join(endings[:4])}, ...'
         )
@@ -367,5 +401,5 @@ def published_labels(kind: str, known: int) -> list[str] | None:
     from torchvision.models import get_weight  # takes seconds to import
 
     name, weights = published[kind, known]
-    show(f'no names of the {known} {kind} classes in the checkpoint: assuming those of {name}')
+    say(f'no names of the {known} {kind} classes in the checkpoint: assuming those of {name}')
     return get_weight(f'{weights}_Weights.DEFAULT').meta['categories']

@@ -46,7 +46,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
-from model import OmniSlowOnly, TemporalConv, fold_batchnorm  # noqa: E402
+from model import OmniSlowOnly, TemporalConv  # noqa: E402
 from runtime import checkpoint, distributed  # noqa: E402
 from video import VideoReader  # noqa: E402
 
@@ -417,7 +417,7 @@ def evaluation(args: argparse.Namespace) -> None:
 
         return run
 
-    fp32, folded = 'fp32 (TF32)' if on_gpu else 'fp32', partial(fold_batchnorm, is_image=False)
+    fp32, folded = 'fp32 (TF32)' if on_gpu else 'fp32', partial(evaluate.fold_batchnorm, is_image=False)
     first = f'plain Conv3d, {fp32}'
     kinds = ((first, Plain, 'fp32'), (f'ours, {fp32}', folded, 'fp32'), ('ours, bf16', folded, 'bf16'))
     makers = {kind[0]: partial(start, *kind) for kind in kinds}

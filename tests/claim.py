@@ -39,7 +39,7 @@ import evaluate
 import train
 from model import EVEN_STEPS, OmniSlowOnly
 from runtime import checkpoint
-from runtime.flags import Parser
+from runtime.command import Parser
 
 WAYS = ('videos only', 'images first', 'jointly', 'images first, then jointly')
 VIDEOS_PER_CLASS, IMAGES_PER_LOOK = (2, 4, 8), (8, 64, 512)

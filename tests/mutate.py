@@ -38,7 +38,7 @@ runtime/guard.py | ranks outlive their launcher | self.launcher not in (None, os
 runtime/guard.py | unreadable files are not counted | bool(lost), due, len(bad), => bool(lost), due, 0,
 runtime/log.py | a resumed run begins its log anew | os.devnull, 'a', => os.devnull, 'w',
 runtime/log.py | the losses are those of one rank | distributed.average([means]) => pass
-runtime/parallel.py | a file that kills a process is good | = 'its process died => = '' and 'its process died
+runtime/command.py | a file that kills a process is good | = 'its process died => = '' and 'its process died
 prepare.py | encode writes in place | part, as_image = f'{target}.part', => part, as_image = target,
 flops.py | a multiply-accumulate counts as two | counted // 2 => counted
 evaluate.py | logits are averaged | logits.float().softmax(1) => logits.float()

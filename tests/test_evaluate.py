@@ -220,7 +220,7 @@ def test_files_are_classified_and_a_table_is_written(demo, network, evaluated, t
 def test_file_names_may_be_any_bytes(demo, evaluated, tmp_path, monkeypatch):
     photo = tmp_path / 'ph\udcffoto.jpg'
     PIL.Image.new('RGB', (70, 50)).save(photo)
-    monkeypatch.setattr(evaluate, 'show', lambda *text, **options: None)  # pytest reads UTF-8 only
+    monkeypatch.setattr(evaluate, 'say', lambda *text, **options: None)  # pytest reads UTF-8 only
     evaluated([str(photo), '--csv', 'bytes.csv', '--features', 'bytes.npz'])
     assert (demo / 'bytes.csv').read_bytes().splitlines()[1].startswith(os.fsencode(photo) + b',1,')
     assert np.load(demo / 'bytes.npz')['paths'].tolist() == [str(photo)]

@@ -181,7 +181,7 @@ def test_folded_batchnorm_changes_nothing():
         network(clips, images)
     network.eval()
     for x in (clips, images):
-        folded = models.fold_batchnorm(network, is_image=x.ndim == 4)
+        folded = evaluate.fold_batchnorm(network, is_image=x.ndim == 4)
         assert not any(isinstance(module, models.BatchNorm) for module in folded.modules())
         torch.testing.assert_close(folded(x), network(x))
 

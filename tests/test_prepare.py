@@ -27,7 +27,7 @@ from PIL import Image
 
 import data
 import prepare
-from runtime import distributed, output, parallel, sources
+from runtime import command, distributed, sources
 from video import VideoReader
 
 REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
@@ -198,7 +198,7 @@ KILLED = 'its process died: a decoder crash, or out of memory'
 
 @pytest.mark.parametrize('cores', [1, 3])
 def test_files_that_kill_their_process_are_named_and_cost_no_other(monkeypatch, cores):
-    monkeypatch.setattr(parallel, 'cores', lambda: cores)
+    monkeypatch.setattr(command, 'cores', lambda: cores)
     bad = ['SIGSEGV', 'exits', 'SIGKILL', 'exits']
     jobs = [(name,) for name in [*bad, *map(str, range(2000)), 'memory', *bad, 'last', 'SIGSEGV']]
     expected = [KILLED if name in bad else 'MemoryError' if name == 'memory' else '' for (name,) in jobs]
@@ -208,7 +208,7 @@ def test_files_that_kill_their_process_are_named_and_cost_no_other(monkeypatch, 
 
 @pytest.mark.parametrize('name', ['later', 'stops'])
 def test_a_job_that_was_not_begun_goes_to_another_process(monkeypatch, name):
-    monkeypatch.setattr(parallel, 'cores', lambda: 1)
+    monkeypatch.setattr(command, 'cores', lambda: 1)
     results = prepare.in_parallel(kill_or_read, [(name,), ('1',), ('2',)], 'reading')
     _, pid = next(results)
     time.sleep(0.5)
@@ -651,7 +651,7 @@ def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
         lambda: prepare.make_demo('set', 1, 1, 1, 1),
         lambda: ends_with(1, 'check in'),  # which names a class first
         lambda: ends_with(1, 'check in/torn.mp4'),
-        lambda: output.draw_rows('a.png', [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], [''], 8),
+        lambda: command.draw_rows('a.png', [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], [''], 8),
     ):
         reader, writer = os.pipe()
         os.close(reader)
@@ -663,11 +663,11 @@ def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
 
 def test_titles_are_whole_and_legible(tmp_path):
     rows, long = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], 'taken for ' * 40 + 'x' * 300
-    lines = output.ascii_lines(long, 40)
+    lines = command.ascii_lines(long, 40)
     assert ''.join(lines).replace(' ', '') == long.replace(' ', '') and max(map(len, lines)) <= 40
     heights = []
     for title in ('short', long):
-        output.draw_rows(tmp_path / 'a.png', rows, [title], 8)
+        command.draw_rows(tmp_path / 'a.png', rows, [title], 8)
         picture = np.asarray(Image.open(tmp_path / 'a.png'))
         heights.append(len(picture))
         assert picture.shape[1] >= 480 and (picture[:, -8:] == 255).all()
@@ -677,7 +677,7 @@ def test_titles_are_whole_and_legible(tmp_path):
 def test_short_rows_stand_beside_each_other(tmp_path):
     levels, reds = range(1, 240, 40), torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
     reds[:, 0, 0] = torch.tensor(levels)[:, None, None]
-    output.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
+    command.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
     picture = np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
     places = [np.argwhere((picture == (level, 0, 0)).all(-1)) for level in levels]
     assert [len(place) for place in places] == [64] * 6
@@ -686,7 +686,7 @@ def test_short_rows_stand_beside_each_other(tmp_path):
     tops = [y for y, _ in corners]
     assert len(set(tops[:4])) == len(set(tops[4:])) == 1 and tops[4] - tops[0] >= 8 + 2 * 16
     long = [red[..., :1].expand(8, 3, 8, 100) for red in reds[:2]]
-    output.draw_rows(tmp_path / 'a.png', long, ['', ''], 8)
+    command.draw_rows(tmp_path / 'a.png', long, ['', ''], 8)
     assert Image.open(tmp_path / 'a.png').width == 8 * (100 + 2) + 2  # long ones do not
 
 
@@ -696,7 +696,7 @@ def test_letters_are_letters_or_their_numbers_but_no_boxes():
         '\u1234中': r'\u1234\u4e2d',
         'lone \udcff and\nline': r'lone \udcff and line',
     }.items():
-        assert output.ascii_lines(title, 99) == [drawn]
+        assert command.ascii_lines(title, 99) == [drawn]
 
 
 # demo and messages ----------------------------------------------------------------------------------------

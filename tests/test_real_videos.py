@@ -16,7 +16,7 @@ from test_model import REFERENCE, official_weights
 
 import data
 import evaluate
-from model import fold_batchnorm
+from evaluate import fold_batchnorm
 from runtime import checkpoint
 
 MEDIA = Path(os.environ.get('OMNI_MEDIA', ROOT.parent / 'shared/media'))

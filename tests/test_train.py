@@ -451,7 +451,7 @@ def test_each_step_has_its_rate_and_dropout_and_the_best_and_last_epochs_are_kep
         return [dict.fromkeys(keys, torch.ones(()))] * len(batches), torch.ones(())
 
     monkeypatch.setattr(train, 'train_step', step)
-    monkeypatch.setattr(train, 'validate', lambda *_: {'video_top1': next(top1)})
+    monkeypatch.setattr(evaluate, 'validate', lambda *_: {'video_top1': next(top1)})
     monkeypatch.setattr(Log, 'open_board', lambda *_: None)
     monkeypatch.chdir(demo)
     options = '--epochs 5 --warmup-epochs 1 --auto-scale-lr --val-interval 1 --workers 0 --work-dir looped'
