@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from reference import weights
 from torch import nn
 
+import evaluate
 import model as models
 from model import OmniSlowOnly
 from runtime import checkpoint
