@@ -1,4 +1,4 @@
-"""From files to uint8 batches: sampling, augmenting, and the order in which samples are drawn.
+"""From files to uint8 batches: one sample, its frames and crops, and the order in which samples are drawn.
 
 Begin with `VideoDataset` and `ImageDataset`, which make one sample; `JointSampler` picks those of a step.
 Lists are read in runtime/sources.py; `python prepare.py` checks, re-encodes and draws the files.
@@ -24,19 +24,7 @@ from torch.utils.data import Dataset, default_collate
 
 from video import VideoReader
 
-warnings.filterwarnings('ignore', module='PIL')  # about odd metadata, and pictures of 90 to 180 megapixels
 Rng = np.random.Generator
-
-
-def open_image(path: str) -> Image.Image:
-    """A picture whose pixels are not decoded yet. Raises what Pillow raises, or ValueError for a kind that is
-    not for photos (Pillow has EPS drawn by another program)."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError('not a regular file')
-    image = Image.open(open(path, 'rb'))  # by name, Pillow would map a turned TIFF with its sides swapped
-    if image.format in ('EPS', 'WMF'):
-        raise ValueError(f'{image.format} is a drawing, not a photo')
-    return image
 
 
 def generator(purpose: str, *numbers: int) -> Rng:
@@ -49,7 +37,8 @@ def generator(purpose: str, *numbers: int) -> Rng:
 
 @dataclass
 class FileList:
-    """The files of a list, in arrays: workers would copy a million Python strings bit by bit."""
+    """The files of a list, in arrays: reference counts would make each fork copy a million Python strings,
+    page by page."""
 
     paths: np.ndarray  # bytes (N,), below `root`
     labels: np.ndarray  # int64 (N,)
@@ -63,21 +52,10 @@ class FileList:
 
 
 class Sample(NamedTuple):
-    pixels: Tensor | None  # uint8; None if unreadable; in training, if ten replacements are too
+    pixels: Tensor | None  # uint8; None if unreadable (in training: and ten replacements are too)
     label: int
     path: str
     bad: list[str]  # `path: reason` of the unreadable files met on the way
-    lost: list[int] = []  # their places in the list
-
-
-class Batch(NamedTuple):
-    """The samples that a step draws of one source."""
-
-    pixels: Tensor | None  # uint8 (B, 3, T, H, W) or (B, 3, H, W); None if any is missing
-    labels: Tensor  # int64 (B,)
-    paths: list[str]
-    bad: list[str]
-    lost: list[int] = []
 
 
 @dataclass(eq=False)
@@ -99,35 +77,40 @@ class FileDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def generator(self, what: str, epoch: int, index: int) -> Rng:
-        """The generator for a training sample's random choices."""
-        return generator(f'{self.purpose or type(self).__name__} {what}', self.seed, epoch, index)
+    def generator(self, what: str, nth_pass: int, index: int) -> Rng:
+        """The generator for a training sample's random choices in a pass over the set."""
+        return generator(f'{self.purpose or type(self).__name__} {what}', self.seed, nth_pass, index)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """The sample at (epoch, index) of a training set, or at `index` of any other. In training, a file
+        """The sample at (pass, index) of a training set, or at `index` of any other. In training, a file
         drawn from the same key replaces an unreadable one."""
-        training = self.mode == 'train'
-        epoch, index = key if training else (0, key)
-        place, bad, lost, replacements = index, [], [], None
+        if self.mode != 'train':
+            return self.read(key, None, [])
+        replacements, bad = self.generator('replacements', *key), []
+        index = key[1]
         while True:
-            path, label = self.files.path(place), int(self.files.labels[place])
-            try:
-                rng = self.generator('augmentation', epoch, index) if training else None
-                return Sample(self.load(path, rng), label, path, bad, lost)
-            except Exception as error:  # damaged files raise whatever the decoder trips over
-                bad.append(f'{path}: {one_line(error)}')
-                lost.append(place)
-            if not training or len(bad) > 10:
-                return Sample(None, label, path, bad, lost)
-            replacements = replacements or self.generator('replacements', epoch, index)
-            place = int(replacements.integers(len(self)))
+            # A replacement is augmented like the one that it replaces: by the key, not by its own index.
+            sample = self.read(index, self.generator('augmentation', *key), bad)
+            if sample.pixels is not None or len(bad) > 10:
+                return sample
+            index = int(replacements.integers(len(self)))
+
+    def read(self, index: int, rng: Rng | None, bad: list[str]) -> Sample:
+        """The sample of one file. If it cannot be read, its pixels are None and `bad` gets a line."""
+        path, label = self.files.path(index), int(self.files.labels[index])
+        try:
+            pixels = self.load(path, rng)
+        except Exception as error:  # damaged files raise whatever the decoder trips over
+            bad.append(f'{path}: {one_line(error)}')
+            pixels = None
+        return Sample(pixels, label, path, bad)
 
 
 @dataclass(eq=False)
 class VideoDataset(FileDataset):
     """Clips of the listed videos, uint8.
 
-    mode 'train': `dataset[epoch, index]` has a random crop of a random clip, (3, T, size, size). The recipe
+    mode 'train': `dataset[pass, index]` has a random crop of a random clip, (3, T, size, size). The recipe
     resizes frames to a short side of 256 before it crops. Here the original frame is cropped and resized
     once. The crop is the same: its place and size are drawn as shares of the sides, not in pixels.
     mode 'val':   `dataset[index]` has one view, the middle clip's centre crop, (1, 3, T, size, size).
@@ -147,36 +130,55 @@ class VideoDataset(FileDataset):
 
     def load(self, path: str, rng: Rng | None) -> Tensor:
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
-        num_clips, num_crops = (self.num_clips, self.num_crops) if self.mode == 'test' else (1, 1)
         with VideoReader(path) as video:
-            clips = sample_frames(len(video), self.clip_len, self.frame_interval, num_clips, rng)
-            wanted, place = np.unique(clips, return_inverse=True)
-            frames, box = {}, None
-            for index, frame in video.frames(wanted):  # made small at once: 80 frames of 4K would take 2 GB
-                height, width = frame.shape[:2]
-                pixels = torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
-                if self.mode == 'train':
-                    box = box or crop_box(height, width, rng)
-                    top, left, h, w = box
-                    pixels = resize(pixels[..., top : top + h, left : left + w], self.size, self.size)
-                elif min(height, width) != self.short_side:
-                    pixels = resize_as_opencv(pixels, *short_side_to(self.short_side, height, width))
-                frames[index] = pixels[0].permute(1, 2, 0)
-        frames = torch.stack([frames[index] for index in wanted.tolist()]).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        if self.mode == 'train':
-            frames = frames.flip(-1) if self.flip and rng.random() < 0.5 else frames
-            return frames[place.ravel()].transpose(0, 1)  # (3, T, size, size)
-        size = self.size if self.mode == 'val' else self.short_side
-        crops = three_crops(frames) if num_crops == 3 else center_crop(frames, size).unsqueeze(0)
-        views = crops[:, place.reshape(clips.shape)]  # (crops, N, 3, S, S) -> (crops, clips, T, 3, S, S)
-        return views.flatten(0, 1).transpose(1, 2)
+            return self.training_clip(video, rng) if self.mode == 'train' else self.views(video)
+
+    def training_clip(self, video: VideoReader, rng: Rng) -> Tensor:
+        """A random clip, cropped and perhaps mirrored, all frames alike, (3, T, size, size)."""
+        indices = sample_frames(len(video), self.clip_len, self.frame_interval, rng=rng)[0]
+        # A clip that starts over at the end of a short video has frames twice; each is decoded once.
+        wanted, order = np.unique(indices, return_inverse=True)
+        crops = []
+        for _, frame in video.frames(wanted):
+            if not crops:
+                top, left, height, width = crop_box(*frame.shape[:2], rng)
+            crop = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+            if (
+                frame.nbytes > 6_000_000
+            ):  # eight frames of 4K would take 200 MB, so each is made small at once
+                crop = resize(crop, self.size, self.size)
+            crops.append(crop)
+        clip = resize(torch.cat(crops), self.size, self.size)  # (T, 3, size, size)
+        if self.flip and rng.random() < 0.5:
+            clip = clip.flip(-1)
+        return clip[order].transpose(0, 1)
+
+    def views(self, video: VideoReader) -> Tensor:
+        """Evenly spread clips under one or three crops each, (V, 3, T, S, S)."""
+        num_clips = self.num_clips if self.mode == 'test' else 1
+        clips = sample_frames(len(video), self.clip_len, self.frame_interval, num_clips)  # (clips, T)
+        wanted, order = np.unique(clips.ravel(), return_inverse=True)
+        frames = []
+        for _, frame in video.frames(wanted):  # made small at once: 80 frames of 4K would take 2 GB
+            height, width = short_side_to(self.short_side, *frame.shape[:2])
+            frame = torch.from_numpy(frame).permute(2, 0, 1)[None]  # (1, 3, H, W)
+            frames.append(resize_as_opencv(frame, height, width))
+        frames = torch.cat(frames)[order]  # (clips * T, 3, H, W)
+        if self.mode == 'val':
+            crops = center_crop(frames, self.size)[None]
+        elif self.num_crops == 3:
+            crops = three_crops(frames)
+        else:
+            crops = center_crop(frames, self.short_side)[None]
+        views = crops.unflatten(1, clips.shape).flatten(0, 1)  # (crops, clips * T, ...) -> (V, T, 3, S, S)
+        return views.transpose(1, 2)
 
 
 @dataclass(eq=False)
 class ImageDataset(FileDataset):
     """The listed images, uint8.
 
-    mode 'train': `dataset[epoch, index]` has a random crop, (3, size, size).
+    mode 'train': `dataset[pass, index]` has a random crop, (3, size, size).
     mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
     """
 
@@ -188,37 +190,58 @@ class ImageDataset(FileDataset):
         """Decode `path` as the mode asks, see above. A damaged file can raise any Exception."""
         with open_image(path) as image:  # the size is known; nothing is decoded yet
             if self.mode == 'train':
-                if image.format not in ('JPEG', 'MPO'):  # metadata may come last, or change the size
-                    image = upright(image)
-                width, height = image.size
-                with suppress(Exception):  # broken metadata can raise anything; the picture may be sound
-                    if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-                        width, height = height, width
-                box = crop_box(height, width, rng)
-                # libjpeg decodes a JPEG far larger than needed at a half, a quarter or an eighth.
-                scale = self.size / min(box[2:])
-                image.draft('RGB', [math.ceil(side * scale) for side in image.size])
-                image = upright(image)
-                y, x = image.height / height, image.width / width
-                top, left, h, w = box
-                corners = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
-                pixels = resize(to_tensor(image.crop(corners)), self.size, self.size)
-                return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
+                return self.training_crop(image, rng)
             pixels = to_tensor(upright(image))
         pixels = resize(pixels, *short_side_to(self.short_side, *pixels.shape[-2:]))
-        return center_crop(pixels, self.size).unsqueeze(0)
+        return center_crop(pixels, self.size)[None]
+
+    def training_crop(self, image: Image.Image, rng: Rng) -> Tensor:
+        """A random crop of an opened picture, perhaps mirrored, (3, size, size)."""
+        if image.format not in ('JPEG', 'MPO'):  # metadata may come last, or change the size
+            image = upright(image)
+        width, height = image.size
+        if orientation(image) in (5, 6, 7, 8):  # lies on its side
+            width, height = height, width
+        top, left, h, w = crop_box(height, width, rng)
+        # libjpeg decodes a JPEG far larger than needed at a half, a quarter or an eighth of its size.
+        scale = self.size / min(h, w)
+        image.draft('RGB', [math.ceil(side * scale) for side in image.size])
+        image = upright(image)
+        y, x = image.height / height, image.width / width
+        crop = image.crop((round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)))
+        pixels = resize(to_tensor(crop), self.size, self.size)
+        if self.flip and rng.random() < 0.5:
+            pixels = pixels.flip(-1)
+        return pixels
+
+
+def open_image(path: str) -> Image.Image:
+    """A picture whose pixels are not decoded yet. Raises what Pillow raises, or ValueError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait forever
+        raise ValueError('not a regular file')
+    warnings.filterwarnings('ignore', module='PIL')  # odd metadata, and pictures of 90 to 180 megapixels
+    image = Image.open(path)
+    image.filename = ''  # with a name, Pillow 11 to 13 would map a bare TIFF with its sides swapped
+    if image.format == 'EPS':  # Pillow would hand it to another program to draw
+        raise ValueError('EPS is a drawing, not a picture')
+    return image
+
+
+def orientation(image: Image.Image) -> int | None:
+    """How a camera was held, 1 to 8 as EXIF counts; None if unknown."""
+    with suppress(Exception):  # broken metadata can raise anything; the picture may be sound
+        return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """An opened picture, decoded, rotated as its metadata says, in 8 bits. A second call changes nothing.
     Raises ValueError if nothing says which grey is white; a damaged file can raise any Exception."""
-    image.filename = ''  # with a name, Pillow 11 to 13 would map a bare TIFF with its sides swapped
     image.load()
     with suppress(Exception):  # as above
         ImageOps.exif_transpose(image, in_place=True)  # to spare a copy
     if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
-        raise ValueError('32-bit, signed or floating-point grey, whose white is unknown; save it as 16-bit')
-    if image.mode.startswith('I'):  # over 8 bits of grey; convert() would clip them at 255
+        raise ValueError('32-bit grey, whose white is unknown; save it as 16-bit')
+    if image.mode.startswith('I'):  # over 8 bits of grey, which convert() would clip at 255
         bits = image.tag_v2[ExifTags.Base.BitsPerSample][0] if image.format == 'TIFF' else 16
         return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
     return image
@@ -260,7 +283,7 @@ def sample_frames(
 def crop_box(height: int, width: int, rng: Rng) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop: 0.08 to 1 of the area, a ratio of 3/4 to 4/3. If ten
     tries do not fit, it is the centre square."""
-    for _ in range(10):
+    for _ in range(10):  # in the order in which torchvision and the reference draw: area, then ratio
         area = rng.uniform(0.08, 1) * height * width
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         h, w = max(round(math.sqrt(area / ratio)), 1), max(round(math.sqrt(area * ratio)), 1)
@@ -303,11 +326,14 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit like OpenCV's INTER_LINEAR.
 
-    Weights have 11 bits and sums are cut off, so about one value in ten is one level darker than the exact
+    Its sums are cut off where torch rounds, so about one value in ten is one level darker than the exact
     result. Published scores depend on that, so evaluation does the same; training need not.
     """
+    if pixels.shape[-2:] == (height, width):
+        return pixels
 
     def taps(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each new pixel: its two neighbours, and their weights in 2048ths (11 bits)."""
         at = ((torch.arange(new_size, dtype=torch.float64) + 0.5) / (new_size / size) - 0.5).float()
         first = at.floor()
         weights = [(part * 2048).round().int() for part in (1 - (at - first), at - first)]
@@ -318,28 +344,38 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
     resized = torch.empty(*pixels.shape[:-2], height, width, dtype=torch.uint8)
     for frame, out in zip(pixels, resized):
         frame = frame.contiguous()
+        # Two weights of 11 bits make 22, which OpenCV drops in three steps: 4, then 16, then 2 with rounding.
         rows = (frame[..., left].int() * left_weight + frame[..., right].int() * right_weight) >> 4
         upper, lower = rows[..., top, :] * top_weight[:, None], rows[..., bottom, :] * bottom_weight[:, None]
         out.copy_(((upper >> 16) + (lower >> 16) + 2) >> 2)
     return resized
 
 
-# Sources and their joint batches --------------------------------------------------------------------------
+# Which samples make a batch -------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The samples that a step draws of one source."""
+
+    pixels: Tensor | None  # uint8 (B, 3, T, H, W) or (B, 3, H, W); None if any is missing
+    labels: Tensor  # int64 (B,)
+    paths: list[str]
+    bad: list[str]
 
 
 class JointDataset(Dataset):
-    """All training sets behind one key: `dataset[source, epoch, index]` is (source, Sample)."""
+    """All training sets behind one key: `dataset[source, pass, index]` is (source, Sample)."""
 
     def __init__(self, datasets: dict[str, FileDataset]):
         self.datasets = datasets
 
     def __getitem__(self, key: tuple[str, int, int]) -> tuple[str, Sample]:
-        source, epoch, index = key
-        return source, self.datasets[source][epoch, index]
+        source, nth_pass, index = key
+        return source, self.datasets[source][nth_pass, index]
 
 
 class JointSampler:
-    """Which samples make a batch, as a function of the step alone: `batch(step, number)` is a list of keys
+    """Which samples make a batch, as a function of the step alone: `batch(step, micro)` is a list of keys
     (source, pass, index) for `JointDataset`.
 
     Each source is a stream: pass after pass over its samples, in an order that follows from (source, seed,
@@ -356,7 +392,7 @@ class JointSampler:
         self.sizes, self.per_gpu, self.seed, self.first = sizes, per_gpu, seed, next(iter(sizes))
         self.per_step = {source: count * batches for source, count in per_gpu.items()}
         self.steps_per_epoch = sizes[self.first] // self.per_step[self.first]
-        self.orders = {}  # {source: (pass, its order)}, the last one made
+        self.orders = {source: (-1, None) for source in sizes}  # (pass, its order), the last one made
         if not self.steps_per_epoch:
             needed = ' x '.join(str(n) for n in (batches, per_gpu[self.first]) if n > 1)
             raise ValueError(
@@ -364,29 +400,39 @@ class JointSampler:
                 f'--{self.first}s-per-gpu'
             )
 
-    def batch(self, step: int, number: int = 0) -> list[tuple[str, int, int]]:
-        """The keys of one batch of a step. Steps are counted from 0 through all epochs."""
+    def batch(self, step: int, micro: int = 0) -> list[tuple[str, int, int]]:
+        """The keys of batch `micro` of a step, both counted from 0; steps through all epochs."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         keys = []
         for source, count in self.per_gpu.items():
-            start = step * self.per_step[source] + number * count
-            if source == self.first:  # what an epoch leaves over is skipped
-                left = self.sizes[source] - self.steps_per_epoch * self.per_step[source]
-                start += step // self.steps_per_epoch * left
-            for place in range(start, start + count):
-                passes, place = divmod(place, self.sizes[source])
-                if self.orders.get(source, (None,))[0] != passes:
-                    order = generator(f'{source} order', self.seed, passes).permutation(self.sizes[source])
-                    self.orders[source] = passes, order
-                keys.append((source, passes, int(self.orders[source][1][place])))
+            if source == self.first:  # a new epoch is a new pass, whatever the last one left over
+                start = epoch * self.sizes[source] + step_of_epoch * self.per_step[source]
+            else:  # runs on, without regard to epochs
+                start = step * self.per_step[source]
+            start += micro * count
+            for position in range(start, start + count):
+                nth_pass, place = divmod(position, self.sizes[source])
+                keys.append((source, nth_pass, int(self.order(source, nth_pass)[place])))
         return keys
+
+    def order(self, source: str, nth_pass: int) -> np.ndarray:
+        """The indices of a source's samples in the order of a pass, int64 (N,)."""
+        if self.orders[source][0] != nth_pass:  # a permutation of a million takes 20 ms, so it is kept
+            order = generator(f'{source} order', self.seed, nth_pass).permutation(self.sizes[source])
+            self.orders[source] = nth_pass, order
+        return self.orders[source][1]
 
 
 def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
     """A step's samples -> {source: Batch}, clips and images in channels-last memory."""
     batch = {}
     for source in dict.fromkeys(source for source, _ in samples):
-        pixels, labels, paths, *bad = zip(*(sample for name, sample in samples if name == source))
-        whole = all(part is not None for part in pixels)
-        stacked = default_collate([part.movedim(0, -1) for part in pixels]).movedim(-1, 1) if whole else None
-        batch[source] = Batch(stacked, torch.tensor(labels), [*paths], *(sum(lists, []) for lists in bad))
+        own = [sample for name, sample in samples if name == source]
+        pixels = None
+        if all(sample.pixels is not None for sample in own):
+            # It stacks into shared memory, so a worker's batch reaches the main process uncopied.
+            pixels = default_collate([sample.pixels.movedim(0, -1) for sample in own]).movedim(-1, 1)
+        labels = torch.tensor([sample.label for sample in own])
+        paths = [sample.path for sample in own]
+        batch[source] = Batch(pixels, labels, paths, [line for sample in own for line in sample.bad])
     return batch

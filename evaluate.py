@@ -25,6 +25,7 @@ import os
 import pickle
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 import data
-from model import BatchNorm
+from model import DualStatsBatchNorm
 from runtime import checkpoint, distributed, sources
 from runtime.command import Parser, check_writable, draw_rows, number, whole_file
 from runtime.distributed import UserError, gather, rank, say, together, world_size
@@ -62,15 +63,18 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     are more than five classes.
 
     mean1 is the mean over classes of each class's top-1 accuracy. As in MMAction2, a class that is predicted
-    but never occurs counts as 0. A row of NaN, an unreadable sample, is wrong and predicts nothing.
+    but never occurs counts as 0. A row of NaN, an unreadable sample, is wrong and predicts nothing. Of equal
+    scores the first counts as the highest, here and wherever this file names a prediction.
     """
     labels, readable = np.asarray(labels), ~np.isnan(scores[:, 0])
-    ranked = np.argsort(scores, axis=1)[:, ::-1]
+    ranked = np.argsort(-scores, axis=1, kind='stable')
     hits = (ranked == labels[:, None]) & readable[:, None]
     seen = np.union1d(labels, ranked[readable, 0])
     per_class = [hits[labels == label, 0].mean() if (labels == label).any() else 0.0 for label in seen]
-    top5 = {'top5': float(hits[:, :5].any(1).mean())} if scores.shape[1] > 5 else {}
-    return {'top1': float(hits[:, 0].mean()), **top5, 'mean1': float(np.mean(per_class))}
+    result = {'top1': float(hits[:, 0].mean())}
+    if scores.shape[1] > 5:
+        result['top5'] = float(hits[:, :5].any(1).mean())
+    return result | {'mean1': float(np.mean(per_class))}
 
 
 def class_name(names: list[str] | None, label: int) -> str:
@@ -86,10 +90,37 @@ def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, 
     lines = []
     for label, wrong in errors.most_common(count):
         taken = sorted(predicted[(labels == label) & (predicted != label) & (predicted >= 0)].tolist())
-        shown = ', '.join(f'{class_name(names, i)} ({times})' for i, times in Counter(taken).most_common(3))
-        shown = f'taken for {shown}' if shown else 'unreadable'
+        shown = 'unreadable'
+        if taken:
+            most = Counter(taken).most_common(3)
+            shown = 'taken for ' + ', '.join(f'{class_name(names, i)} ({times})' for i, times in most)
         lines.append(f'{class_name(names, label)}: {wrong} of {(labels == label).sum()} wrong, {shown}')
     return lines
+
+
+class Identity(nn.Module):
+    """What is left of a BatchNorm once its affine map is part of the convolution before it: nothing."""
+
+    def forward(self, x: Tensor, is_image: bool) -> Tensor:
+        return x
+
+
+def fold_batchnorm(network: nn.Module, is_image: bool) -> nn.Module:
+    """A copy for inference on one source: each BatchNorm is folded into the convolution defined before it.
+    The same function up to rounding, with half the passes over memory."""
+    network = copy.deepcopy(network).eval()
+    for module in network.modules():
+        children = list(module.named_children())
+        for (_, conv), (name, bn) in zip(children, children[1:]):
+            if isinstance(bn, DualStatsBatchNorm):
+                mean, var = bn.running_mean, bn.running_var
+                if is_image:
+                    mean, var = bn.image_running_mean, bn.image_running_var
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, mean, var, bn.eps, bn.weight, bn.bias
+                )
+                setattr(module, name, Identity())
+    return network.to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -132,21 +163,24 @@ def predict(
         network = copy.deepcopy(network).eval()
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
     batches = distributed.loader(share, workers, batch_size=batch_size, collate_fn=list)
-    quiet = None if progress and rank() == 0 else True
-    columns = classes(network, source) + features * next(network.head(source).parameters()).shape[-1]
-    own, bad, done = np.full((len(share), columns), np.nan, dtype=np.float32), [], 0
+    quiet = None if progress and rank() == 0 else True  # None: only where there is a terminal
+    columns = classes(network, source)
+    if features:
+        columns += next(network.head(source).parameters()).shape[-1]
+    rows, bad, done = np.full((len(share), columns), np.nan, dtype=np.float32), [], 0
     for samples in tqdm(batches, progress, unit='batch', leave=False, disable=quiet):
-        good = [n for n, sample in enumerate(samples, done) if sample.pixels is not None]
-        if good:
-            views = torch.cat([samples[n - done].pixels.to(device, non_blocking=True) for n in good])
+        readable = [n for n, sample in enumerate(samples) if sample.pixels is not None]
+        if readable:
+            views = torch.cat([samples[n].pixels.to(device, non_blocking=True) for n in readable])
             scores = score_views(network, source, views, precision, features)
-            own[good] = scores.unflatten(0, (len(good), -1)).mean(1)
+            rows[[done + n for n in readable]] = scores.unflatten(0, (len(readable), -1)).mean(1)
         bad += [line for sample in samples for line in sample.bad]
         done += len(samples)
 
-    scores, bad = np.empty((len(dataset), own.shape[1]), own.dtype), sum(gather(bad), [])
-    for r, part in enumerate(gather(own)):
+    scores = np.empty((len(dataset), columns), rows.dtype)
+    for r, part in enumerate(gather(rows)):
         scores[r :: world_size()] = part
+    bad = [line for part in gather(bad) for line in part]
     if len(bad) == len(dataset):
         raise UserError(f'none of the {len(dataset)} files can be read, the first is {bad[0]}')
     if np.isnan(scores).any(1).sum() > len(bad):
@@ -159,13 +193,12 @@ def validate(network: nn.Module, sources: list, precision: str, workers: int) ->
     result = {}
     for source in sources:
         if source.val is not None:
-            scores, labels, bad = predict(
-                network, source.name, source.val, precision, 16, workers, f'validating {source.name}s'
-            )
+            title = f'validating {source.name}s'
+            scores, labels, bad = predict(network, source.name, source.val, precision, 16, workers, title)
             for line in bad:
                 say(f'unreadable, counted as wrong: {line}')
-            metrics = accuracy(scores, labels)
-            result |= {f'{source.name}_{key}': round(value, 4) for key, value in metrics.items()}
+            for key, value in accuracy(scores, labels).items():
+                result[f'{source.name}_{key}'] = round(value, 4)
     return result
 
 
@@ -173,33 +206,6 @@ def classes(network: nn.Module, source: str) -> int:
     """How many classes the head of 'video', 'image' or another source knows; 0 if there is none."""
     head = network.head(source)
     return list(head.parameters())[-1].shape[0] if head else 0
-
-
-# Folding -----
-
-
-class Folded(nn.Module):
-    """What is left of a BatchNorm once its affine map is part of the convolution before it: nothing."""
-
-    def forward(self, x: Tensor, is_image: bool) -> Tensor:
-        return x
-
-
-def fold_batchnorm(network: nn.Module, is_image: bool) -> nn.Module:
-    """A copy for inference on one source: each BatchNorm is folded into the convolution defined before it.
-    The same function up to rounding, with half the passes over memory."""
-    network = copy.deepcopy(network).eval()
-    for module in network.modules():
-        children = list(module.named_children())
-        for (_, conv), (name, bn) in zip(children, children[1:]):
-            if isinstance(bn, BatchNorm):
-                prefix = 'image_running' if is_image else 'running'
-                mean, var = getattr(bn, f'{prefix}_mean'), getattr(bn, f'{prefix}_var')
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, None, mean, var, bn.eps, bn.weight, bn.bias
-                )
-                setattr(module, name, Folded())
-    return network.to(memory_format=torch.channels_last)
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -232,23 +238,30 @@ def show_mistakes(
     and their scores. `dataset` is a 'val' one, so a video shows its middle clip. Returns the number of
     misclassified samples; if it is 0, nothing is written."""
     predicted, rows, titles = scores.argmax(1), [], []
-    own, highest = scores[np.arange(len(labels)), labels], scores.max(1)
-    wrong = np.flatnonzero((predicted != labels) & ~np.isnan(own))
+    of_label, highest = scores[np.arange(len(labels)), labels], scores.max(1)
+    wrong = np.flatnonzero((predicted != labels) & ~np.isnan(of_label))
     for i in wrong[np.argsort(-highest[wrong], kind='stable')][:8]:
         pixels = dataset[int(i)].pixels[0]  # (3, T, H, W) or (3, H, W)
         rows.append(pixels.transpose(0, 1) if pixels.ndim == 4 else pixels.unsqueeze(0))
         right, taken = (class_name(names, label) for label in (labels[i], predicted[i]))
         file = os.path.basename(dataset.files.path(i))
-        titles.append(f'{file}: {right} ({own[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
+        titles.append(f'{file}: {right} ({of_label[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
     if rows:
         draw_rows(out, rows, titles, 112)
     return len(wrong)
 
 
-def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> tuple:
-    """What a video or image file shows: a text, the five likeliest labels as (label, score), its scores
-    (classes,) and its feature (F,). The text lists those labels or, with --timeline, the three likeliest for
-    each clip of a video; the clips are spread evenly over it."""
+class Answer(NamedTuple):
+    """What a file shows."""
+
+    text: str
+    likeliest: list[tuple[str, float]]  # five labels and their scores
+    scores: Tensor  # (classes,)
+    feature: Tensor  # (F,)
+
+
+def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> Answer:
+    """Name what a video or image file shows, all in all or, with --timeline, clip by clip."""
     if sources.is_image(path):
         kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
     else:
@@ -260,21 +273,33 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
     rows = score_views(network, kind, dataset.load(path, None), args.precision, True)
     if not rows.isfinite().all():
         raise ValueError(f'{NO_NUMBERS} in {args.precision}')
-    scores = rows[:, :known]  # (crops x clips, classes)
-    labels = names[kind] = names[kind] or sources.published_labels(kind, known)
-    best = [(class_name(labels, i), score.item()) for score, i in zip(*scores.mean(0).topk(min(5, known)))]
+    scores = rows[:, :known]  # (crops * clips, classes)
+    if not names[kind]:
+        names[kind] = sources.published_labels(kind, known)
     lines = [f'{path} ({kind})']
+    likeliest = top(scores.mean(0), names[kind], 5)
     if args.timeline and kind == 'video':
-        with VideoReader(path) as video:
-            clips = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, args.clips)
-            last = clips[:, 0] + (dataset.clip_len - 1) * dataset.frame_interval
-            starts, ends = video.times(clips[:, 0]), video.times(last.clip(max=len(video) - 1))
-        for start, end, row in zip(starts, ends, scores.unflatten(0, (args.crops, -1)).mean(0)):
-            likeliest = [f'{class_name(labels, i)} {row[i]:.1%}' for i in row.topk(min(3, known))[1]]
-            lines.append(f'  {start:7.1f} to {end:6.1f} s  {", ".join(likeliest)}')
+        spans = clip_times(path, dataset)
+        for (start, end), row in zip(spans, scores.unflatten(0, (args.crops, -1)).mean(0)):
+            seen = ', '.join(f'{label} {score:.1%}' for label, score in top(row, names[kind], 3))
+            lines.append(f'  {start:7.1f} to {end:6.1f} s  {seen}')
     else:
-        lines += [f'  {score:7.2%}  {label}' for label, score in best]
-    return '\n'.join(lines), best, scores.mean(0), rows[:, known:].mean(0)
+        lines += [f'  {score:7.2%}  {label}' for label, score in likeliest]
+    return Answer('\n'.join(lines), likeliest, scores.mean(0), rows[:, known:].mean(0))
+
+
+def top(scores: Tensor, names: list[str] | None, count: int) -> list[tuple[str, float]]:
+    """The likeliest classes and their scores."""
+    best = scores.sort(descending=True, stable=True).indices[:count].tolist()
+    return [(class_name(names, i), scores[i].item()) for i in best]
+
+
+def clip_times(path: str, dataset: data.VideoDataset) -> np.ndarray:
+    """When the clips of a test begin and end, float64 (clips, 2), in seconds."""
+    with VideoReader(path) as video:
+        count, span = len(video), (dataset.clip_len - 1) * dataset.frame_interval
+        starts = data.sample_frames(count, dataset.clip_len, dataset.frame_interval, dataset.num_clips)[:, 0]
+        return np.stack([video.times(starts), video.times((starts + span).clip(max=count - 1))], 1)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -298,10 +323,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
     add('--workers', type=number(int, 0), help='loader processes; default: its share of the cores, up to 16')
     args = parser.parse_args(argv)
-    if args.files and (args.dump or args.show or args.val_list):
-        parser.error('--dump, --show and --val-list measure a set; they do not go with files to classify')
-    if args.files and args.images:
-        parser.error('--images measures the image set; image files are recognized by their content')
+    if args.files and (args.dump or args.show or args.val_list or args.images):
+        parser.error('--dump, --show, --images and --val-list measure a set; here are files to classify')
     if args.timeline and args.csv:
         parser.error('--csv has the labels of whole files, --timeline those of moments; take one of them')
     if (args.timeline or args.csv) and not args.files:
@@ -318,8 +341,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """The command itself, once its processes have joined."""
     with together():
-        for path in filter(None, (args.dump, args.features, args.show, args.csv)) if rank() == 0 else ():
-            check_writable(path)
+        if rank() == 0:
+            check_writable(args.dump, args.features, args.show, args.csv)
         saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
@@ -341,55 +364,59 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
     """Print what each file shows and write what was asked for. Exit with 1 if a file could not be read."""
-    paths, table, rows = [], [], []
+    paths, answers = [], []
     for path in args.files:
-        below = (
-            sources.files_below(path, sources.VIDEO_ENDINGS + sources.image_endings())
-            if os.path.isdir(path)
-            else []
-        )
-        paths += below or [path]
+        found = [path]
+        if os.path.isdir(path):
+            found = sources.files_below(path, sources.VIDEO_ENDINGS + sources.image_endings())
+        paths += found or [path]
     for path in paths:
-        best, row = [], [torch.empty(0)] * 2
         try:
             if os.path.isdir(path):
                 raise ValueError('no videos or images are below it')
-            text, best, *row = classify(network, path, args, settings, names)
-            say(text)
+            answers.append(classify(network, path, args, settings, names))
+            say(answers[-1].text)
         except Exception as error:  # damaged files raise whatever the decoder trips over
+            answers.append(Answer('', [], torch.empty(0), torch.empty(0)))
             say(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
-        table += [(path, place, label, f'{score:.4f}') for place, (label, score) in enumerate(best, 1)]
-        rows.append(row)
     if args.csv and rank() == 0:
         with whole_file(args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
-            csv.writer(file).writerows([('file', 'rank', 'label', 'score'), *table])
+            table = csv.writer(file)
+            table.writerow(('file', 'rank', 'label', 'score'))
+            for path, answer in zip(paths, answers):
+                for place, (label, score) in enumerate(answer.likeliest, 1):
+                    table.writerow((path, place, label, f'{score:.4f}'))
     if args.features and rank() == 0:
-        scores, features = (pad_sequence(part, True, np.nan).numpy() for part in zip(*rows))
+        scores = pad_sequence([answer.scores for answer in answers], True, np.nan)
+        features = pad_sequence([answer.feature for answer in answers], True, np.nan)
         with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=np.array(paths))
-    sys.exit(0 if all(len(scores) for scores, _ in rows) else 1)
+    sys.exit(0 if all(answer.text for answer in answers) else 1)
 
 
 def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict):
     """The validation set that the flags or the checkpoint name."""
-    kind = 'image' if args.images else 'video'
+    kind, prefix, published = 'video', 'val', (VAL_LIST, VAL_ROOT)
+    if args.images:
+        kind, prefix, published = 'image', 'image_val', (IMAGE_VAL_LIST, IMAGE_VAL_ROOT)
     if network.head(kind) is None:
-        other = '--images measures the image set' if kind == 'video' else 'leave out --images'
+        other = 'leave out --images' if args.images else '--images measures the image set'
         raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s; {other}')
-    prefix = 'image_val' if args.images else 'val'
-    published = (IMAGE_VAL_LIST, IMAGE_VAL_ROOT) if args.images else (VAL_LIST, VAL_ROOT)
     val_list = args.val_list or trained.get(f'{prefix}_list', published[0])
     if val_list is None:
         raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
     val_root = trained.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
-    known, folders = classes(network, kind), sources.class_names(val_list) if os.path.isdir(val_list) else []
+    known, folders = classes(network, kind), []
+    if os.path.isdir(val_list):
+        folders = sources.class_names(val_list)
     if folders and not names[kind] and len(folders) != known:
         names[kind] = sources.published_labels(kind, known)
-    samples = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
-    names[kind] = names[kind] or folders
+    files = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
+    if not names[kind]:
+        names[kind] = folders or sources.published_labels(kind, known)
     if args.images:
-        return data.ImageDataset(samples, 'val', settings.get('size', 224))
-    return data.VideoDataset(samples, 'test', **settings, num_clips=args.clips, num_crops=args.crops)
+        return data.ImageDataset(files, 'val', settings.get('size', 224))
+    return data.VideoDataset(files, 'test', **settings, num_clips=args.clips, num_crops=args.crops)
 
 
 def measure(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict) -> None:
@@ -401,28 +428,31 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     title, batch, wanted = f'{len(dataset)} {kind}s', 16 if args.images else 1, bool(args.features)
     rows, labels, bad = predict(network, kind, dataset, args.precision, batch, workers, title, wanted)
     scores, features = np.split(rows, [classes(network, kind)], axis=1)
-    names[kind] = names[kind] or sources.published_labels(kind, scores.shape[1])
     for line in bad:
         say(f'unreadable, counted as wrong: {line}', file=sys.stderr)
+    text = f'{len(dataset)} {kind}s of {scores.shape[1]} classes, '
+    text += 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
+    if bad:
+        text += f', {len(bad)} of them unreadable'
+    say(text)
     result = accuracy(scores, labels)
-    views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
-    unreadable = f', {len(bad)} of them unreadable' if bad else ''
-    say(f'{len(dataset)} {kind}s of {scores.shape[1]} classes, {views}{unreadable}')
-    top5 = f'top-5 {result["top5"]:.2%}   ' if 'top5' in result else ''
-    say(f'top-1 {result["top1"]:.2%}   {top5}mean class {result["mean1"]:.2%}')
-    if mistakes := confusions(scores, labels, names[kind]):
+    titles = {'top1': 'top-1', 'top5': 'top-5', 'mean1': 'mean class'}
+    say('   '.join(f'{titles[key]} {value:.2%}' for key, value in result.items()))
+    mistakes = confusions(scores, labels, names[kind])
+    if mistakes:
         say('most errors:\n  ' + '\n  '.join(mistakes))
-    if args.dump and rank() == 0:
+    if rank():
+        return
+    if args.dump:
         write_dump(args.dump, scores, labels, dataset.size if args.images else dataset.short_side)
-    if args.features and rank() == 0:
+    if args.features:
         paths = np.array([dataset.files.path(i) for i in range(len(dataset))])
         with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=paths, labels=labels)
-    if args.show and rank() == 0:
+    if args.show:
         drawn = dataset if args.images else data.VideoDataset(dataset.files, 'val', **settings)
         count = show_mistakes(args.show, drawn, scores, labels, names[kind])
-        drawn = f'8 of {count}' if count > 8 else count
-        say(f'{drawn} mistakes' if count else 'no mistakes to show')
+        say(f'{min(count, 8)} of {count} mistakes' if count else 'no mistakes to show')
 
 
 if __name__ == '__main__':

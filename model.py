@@ -1,10 +1,9 @@
 """SlowOnly-R50 that recognizes images and videos with one set of weights.
 
     model = OmniSlowOnly()
+    logits = model({'video': clips, 'image': images})   # {source: logits}; one call for a joint training step
     video_logits = model(clips)                         # (B, 3, T, H, W) -> (B, 400)
     image_logits = model(images)                        # (B, 3, H, W)    -> (B, 1000)
-    video_logits, image_logits = model(clips, images)
-    logits = model({'video': clips, 'image': images})   # {source: logits}; one call for a joint training step
 
 An image is a video of one frame. Time is folded into the batch, so every layer is a 2D layer and there is one
 forward path: a spatial convolution sees (B*T, C, H, W), a temporal one sees the same memory as (B, C, T,
@@ -19,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EVEN_STEPS = 100  # of a run; see `set_momentum`
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
+MOMENTUM = 0.01  # of the running statistics: a tenth of PyTorch's, because steps are many and batches small
 
 
-class BatchNorm(nn.BatchNorm2d):
+class DualStatsBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d with shared weights, but separate running statistics for clips and for images.
 
     In training, each batch is normalized by its own statistics, as usual. `running_mean` and `running_var`
@@ -33,7 +32,7 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def __init__(self, channels: int):
-        super().__init__(channels, momentum=0.01)
+        super().__init__(channels, momentum=MOMENTUM)
         self.register_buffer('image_running_mean', torch.zeros(channels))
         self.register_buffer('image_running_var', torch.ones(channels))
 
@@ -42,28 +41,30 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var = self.image_running_mean, self.image_running_var
         else:
             mean, var = self.running_mean, self.running_var
+        # In training this updates `mean` and `var` in place, and normalizes by the batch alone.
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances, float (C,) each, of the layers that are not frozen."""
+    """The running means and variances, float (C,) each, of all layers in training mode: frozen layers stay
+    in eval mode, and theirs do not change."""
     learning = [module for module in network.modules() if module.training]
     named = [item for module in learning for item in module.named_buffers(recurse=False)]
     return [buffer for name, buffer in named if 'running_' in name]
 
 
-def set_momentum(network: nn.Module, number: int, per_step: int = 1) -> None:
-    """Set the momentum of the running statistics for batch `number` of a run, counted from 1.
+def set_momentum(network: nn.Module, step: int) -> None:
+    """Set the momentum of the running statistics for a step of a run, counted from 0.
 
-    In the first hundred steps it is 1 / number, so that all batches count equally. With the recipe's 0.01
-    from the start, a third of the old values (0 and 1, or another data set's statistics) would be left after
-    a hundred steps. Later it is the layer's own, divided among the `per_step` batches of a step.
+    It begins as 1 / (step + 1), which averages the first steps evenly, and ends as the layer's own: after a
+    hundred steps in the backbone (0.01), after ten in the heads (PyTorch's 0.1). With 0.01 from the start, a
+    third of the old values (0 and 1, or another data set's statistics) would be left after a hundred steps.
     """
-    even = 1 / number if number <= EVEN_STEPS * per_step else 0
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.own_momentum = getattr(module, 'own_momentum', module.momentum)
-            module.momentum = max(even, module.own_momentum / per_step)
+            if not hasattr(module, 'final_momentum'):
+                module.final_momentum = module.momentum
+            module.momentum = max(1 / (step + 1), module.final_momentum)
 
 
 class TemporalConv(nn.Conv2d):
@@ -78,8 +79,8 @@ class TemporalConv(nn.Conv2d):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         if frames == 1:
-            # In a repeated still picture, all three taps would see the same pixels.
-            return F.conv2d(x, self.weight.sum(2, keepdim=True), self.bias)
+            # In a repeated still picture, all three taps would see the same pixels: so one tap, their sum.
+            return F.conv2d(x, self.weight.sum(2, keepdim=True), self.bias)  # no bias until one is folded in
         height, width = x.shape[2:]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)  # (B*T, C, H, W) -> (B, C, T, H*W)
         x = super().forward(x)
@@ -94,18 +95,20 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = 4 * width
         self.temporal = temporal
-        self.conv1 = (
-            TemporalConv(in_channels, width) if temporal else nn.Conv2d(in_channels, width, 1, bias=False)
-        )
-        self.bn1 = BatchNorm(width)
+        if temporal:
+            self.conv1 = TemporalConv(in_channels, width)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = DualStatsBatchNorm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = BatchNorm(width)
+        self.bn2 = DualStatsBatchNorm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = BatchNorm(out_channels)
+        self.bn3 = DualStatsBatchNorm(out_channels)
         self.downsample = None
+        # The shortcut is the input itself, unless its size changes.
         if stride != 1 or in_channels != out_channels:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.downsample = nn.ModuleList([shortcut, BatchNorm(out_channels)])
+            self.downsample = nn.ModuleList([shortcut, DualStatsBatchNorm(out_channels)])
 
     def forward(self, x: Tensor, frames: int, is_image: bool) -> Tensor:
         shortcut = x
@@ -144,18 +147,21 @@ class OmniSlowOnly(nn.Module):
     ):
         super().__init__()
         self.normalize = True
+        self.checked_range = False  # of float input, see `to_normalized`
+        # Not persistent: constants, which official checkpoints do not hold either.
         self.register_buffer('mean', torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = BatchNorm(width)
+        self.bn1 = DualStatsBatchNorm(width)
+        # No stage shortens time, and only the last two look at it: at features, not at pixels.
         self.layer1 = self._stage(width, width, layers[0], stride=1, temporal=False)
         self.layer2 = self._stage(4 * width, 2 * width, layers[1], stride=2, temporal=False)
         self.layer3 = self._stage(8 * width, 4 * width, layers[2], stride=2, temporal=True)
         self.layer4 = self._stage(16 * width, 8 * width, layers[3], stride=2, temporal=True)
 
         features = 32 * width
-        self.image_head = self.video_head = None
+        self.image_head = self.video_head = None  # each source has its own classes, so its own head
         if image_classes:
             self.image_head = nn.Sequential(
                 nn.BatchNorm1d(features), nn.Dropout(0.2), nn.Linear(features, image_classes)
@@ -168,7 +174,7 @@ class OmniSlowOnly(nn.Module):
                 nn.Dropout(0.5),
                 nn.Linear(2 * video_classes, video_classes),
             )
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # what makes `TemporalConv` views free of copies
 
     @staticmethod
     def _stage(in_channels: int, width: int, blocks: int, stride: int, temporal: bool) -> nn.ModuleList:
@@ -216,7 +222,7 @@ class OmniSlowOnly(nn.Module):
             x = x.transpose(1, 2).flatten(0, 1)  # (B, 3, T, H, W) -> (B*T, 3, H, W)
         x = x.contiguous(memory_format=torch.channels_last)
         if self.normalize:
-            x = (x - self.mean) / self.std
+            x = self.to_normalized(x)
 
         x = F.relu(self.bn1(self.conv1(x), is_image))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
@@ -225,8 +231,22 @@ class OmniSlowOnly(nn.Module):
                 x = block(x, frames, is_image)
         return x.mean((2, 3)).unflatten(0, (-1, frames)).mean(1)  # (B*T, C, H, W) -> (B*T, C) -> (B, C)
 
-    def forward(self, x: Tensor | dict[str, Tensor], images: Tensor | None = None):
-        """{source: pixels} -> {source: logits}; one tensor -> logits; clips and images -> a pair."""
+    def to_normalized(self, x: Tensor) -> Tensor:
+        """uint8 or float pixels 0..255 -> mean 0, deviation 1. Raises ValueError if the first batch of floats
+        is not above 1: scaled to 0..1, as other programs want it, all pictures would be black."""
+        looks = not (self.checked_range or x.is_meta or torch.compiler.is_compiling())
+        if looks and x.is_floating_point():
+            if x.max() <= 1:
+                raise ValueError('pixels are at most 1; the network takes uint8, or floats from 0 to 255')
+            self.checked_range = True  # once is enough: on a GPU, looking at a value waits for it
+        return (x - self.mean) / self.std
+
+    def forward(self, x: dict[str, Tensor] | Tensor, images: Tensor | None = None):
+        """{source: pixels} -> {source: logits}, the form that training uses.
+
+        For convenience also: clips (B, 3, T, H, W) or images (B, 3, H, W) -> logits; both -> a pair of
+        logits.
+        """
         if isinstance(x, dict):
             return {source: self.head(source)(self.features(pixels)) for source, pixels in x.items()}
         if images is not None:

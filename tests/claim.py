@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import train
-from model import EVEN_STEPS, OmniSlowOnly
+from model import OmniSlowOnly
 from runtime import checkpoint
 from runtime.command import Parser
 
@@ -49,6 +49,7 @@ METRICS = 'top1', 'image_top1'
 RATES = (0.05, 0.1, 0.2, 0.4)
 HELD_OUT = 64  # of each class
 STEPS, FEW_A_STEP = 600, 8  # images a step, tried as well as 32
+EVEN_STEPS = 100  # that average the running statistics evenly
 
 LOOKS = ('stripes', 'bars', 'lattice', 'dots', 'zigzag', 'braids', 'rings', 'grid')
 PAIRS = [(look, (look + apart) % 8) for look in range(8) for apart in (1, 3)]  # the classes of videos
@@ -182,7 +183,7 @@ def learn(network: OmniSlowOnly, job: Job, sources: tuple[str, ...], lr: float, 
         for group in optimizer.param_groups:
             group['lr'] = train.learning_rate(step, 1, lr, round(steps * 34 / 256), steps)
         dropout = data.generator('dropout', job.seed, step).integers(2**62).item()
-        train.train_step(network, optimizer, scaler, [batch], [dropout], device, clip_norm=1, seen=step)
+        train.train_step(network, optimizer, scaler, [batch], [dropout], step, device, clip_norm=1)
 
 
 def top1(network: OmniSlowOnly, source: str, seed: int) -> float:

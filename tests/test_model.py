@@ -168,7 +168,7 @@ def test_what_is_frozen_stays_as_it_is():
     assert {value.data_ptr() for value in moving} == {
         value.data_ptr() for key, value in network.named_buffers() if '_head.' in key and 'running_' in key
     }
-    models.set_momentum(network, 1)
+    models.set_momentum(network, 0)
     assert not network.features(clips).requires_grad  # nothing is kept for a backward pass
     moved = moved_by(network, clips, images)
     assert {key.split('.')[0] for key in moved} == {'video_head', 'image_head'}
@@ -183,14 +183,37 @@ def test_folded_batchnorm_changes_nothing():
     network.eval()
     for x in (clips, images):
         folded = evaluate.fold_batchnorm(network, is_image=x.ndim == 4)
-        assert not any(isinstance(module, models.BatchNorm) for module in folded.modules())
+        assert not any(isinstance(module, models.DualStatsBatchNorm) for module in folded.modules())
         torch.testing.assert_close(folded(x), network(x))
 
 
-def test_the_batches_of_a_step_share_its_momentum():
+def test_folding_keeps_the_bias_of_another_backbone():
+    block = nn.Sequential(nn.Conv2d(3, 4, 1, bias=True), models.DualStatsBatchNorm(4)).eval()
+    block[1].running_mean.uniform_(), block[1].running_var.uniform_(1, 2)
+    x = torch.randn(2, 3, 5, 5)
+    folded = evaluate.fold_batchnorm(block, is_image=False)
+    torch.testing.assert_close(folded[1](folded[0](x), False), block[1](block[0](x), False))
+
+
+def test_momentum_averages_the_first_steps_evenly():
     network = OmniSlowOnly(5, 6, **SMALL)
-    for number, per_step, expected in ((4, 1, 1 / 4), (101, 1, 0.01), (200, 2, 1 / 200), (201, 4, 1 / 201)):
-        models.set_momentum(network, number, per_step)
-        assert network.bn1.momentum == expected
-    models.set_momentum(network, 401, 4)
-    assert (network.bn1.momentum, network.image_head[0].momentum) == (0.01 / 4, 0.1 / 4)
+    for step, backbone, head in (
+        (0, 1, 1),
+        (3, 1 / 4, 1 / 4),
+        (20, 1 / 21, 0.1),
+        (99, 0.01, 0.1),
+        (400, 0.01, 0.1),
+    ):
+        models.set_momentum(network, step)
+        assert (network.bn1.momentum, network.image_head[0].momentum) == (backbone, head)
+
+
+@pytest.mark.quick
+def test_pixels_scaled_to_0_to_1_are_refused():
+    network, clips = OmniSlowOnly(5, 6, **SMALL).eval(), torch.rand(2, 3, 4, 32, 32)
+    with pytest.raises(ValueError, match='at most 1; the network takes uint8, or floats from 0 to 255'):
+        network(clips)
+    expected = network(clips * 255)
+    assert torch.equal(network(clips * 255), expected) and network(clips).isfinite().all()  # known by then
+    network.normalize = False
+    network(clips)
