@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = settings(parser, 'run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
-    add('--resume', 'resume from CKPT, or from the work folder', nargs='?', const='auto', metavar='CKPT')
+    add('--resume', 'resume the run in the work folder, or start it', action='store_true')
     add('--seed', 'determines the whole run', type=command.number(int, 0, 2**63), default=0)
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
     add('--precision', 'default: bf16 if the GPU has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if asked.demo:
         parser.set_defaults(**DEMO)
     if asked.init or asked.init_2d:
-        parser.set_defaults(layers=None, width=None)  # the checkpoint's, see `checkpoint.fit_size`
+        parser.set_defaults(**dict.fromkeys(checkpoint.SIZES))  # None: the checkpoint's, see `fit_size`
     return check(parser, parser.parse_args(argv))
 
 
@@ -146,7 +146,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     """Refuse settings that exclude each other; fill in those that depend on others."""
     if not args.work_dir:
         parser.error('--work-dir must not be empty')
-    if args.size % 7:
+    if args.size is not None and args.size % 7:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
     if args.init and args.init_2d:
         parser.error('--init and --init-2d exclude each other')
@@ -261,11 +261,11 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             prepare.make_demo('data/demo')
     with together():
         saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
+        checkpoint.fit_size(args, saved, path)
         sources = open_sources(args)
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
         sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
-        checkpoint.fit_size(args, saved)
         if saved:
             compare_data(saved, args, sources, path)
     lists = {s.name: [own and fingerprint(own.files) for own in (s.train, s.val)] for s in sources}
@@ -295,9 +295,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     step, epoch, best = 0, 0, [-1.0, None]
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
-        optimizer.load_state_dict(saved['optimizer'])
-        for group in optimizer.param_groups:  # it brought back the old settings; the new ones count
-            group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+        with together():
+            checkpoint.load_optimizer(optimizer, saved['optimizer'], path)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         # With other GPUs an epoch has other steps: the share that is done stays the same.
