@@ -265,6 +265,10 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
         sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
+        batch_bytes = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)
+        distributed.check_shared_memory(batch_bytes, workers)
+        if args.compile:
+            distributed.check_compiler(device)
         checkpoint.fit_size(args, saved)
         if saved:
             compare_data(saved, args, sources, path)
@@ -364,7 +368,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             batches = load_from(step)
         while step < end:
             with logger.waiting():
-                drawn = guard.draw(batches, args.accumulate)
+                drawn = [next(batches) for _ in range(args.accumulate)]
             save_now, stop = guard.ask(drawn, epoch)  # all processes together, once a step
             if save_now or stop:
                 logger.check()
@@ -381,7 +385,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             distributed.average(statistics)  # BatchNorm's, which DDP leaves alone
             step += 1
             logger.add(drawn, results, grad_norm)
-            if (step - epoch * steps_per_epoch) % args.log_interval == 0 or step == end:
+            is_due = (step - epoch * steps_per_epoch) % args.log_interval == 0
+            if is_due or step == end or not logger.begun:
                 logger.line(lr, guard.unreadable)
 
         keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs

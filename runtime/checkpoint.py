@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model import OmniSlowOnly
-from runtime.distributed import alone_in, say
+from runtime.distributed import say
 
 # The names that a run gives; whatever else lies in its folder is the user's.
 OURS = re.compile(r'(epoch_(\d+)|best|latest)\.pth')
@@ -171,12 +171,11 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside, timeout = Path(f'{target}.{uuid.uuid4().hex}.tmp'), socket.getdefaulttimeout()
     try:
-        with alone_in(target.parent):  # without locks each process fetches for itself
-            if not target.exists():
-                socket.setdefaulttimeout(30)  # torch would wait forever
-                torch.hub.download_url_to_file(url, str(beside), digits and digits[1])
-                load(beside)  # torch does not notice when a transfer breaks off
-                os.replace(beside, target)
+        if not target.exists():
+            socket.setdefaulttimeout(30)  # torch would wait forever
+            torch.hub.download_url_to_file(url, str(beside), digits and digits[1])
+            load(beside)  # torch does not notice when a transfer breaks off
+            os.replace(beside, target)
     except (OSError, ValueError, RuntimeError, HTTPException) as error:
         reason = str(error).replace(f'{beside}:', 'what came:')
         raise OSError(f'{url}: cannot be fetched ({reason}); you can put a copy at {target}') from None
