@@ -1,69 +1,55 @@
-"""The processes of a run: device and precision, starting, agreeing, stopping together, loader workers.
+"""The processes of a run: starting, agreeing, stopping together, loader workers.
 
-Begin with `processes`, which every command's main opens. Without torchrun there is one process;
+Begin with `processes`, which every command's main opens. Without torchrun there is one process:
 nothing is sent, and `gather` and `add_up` give back what they got.
 """
 
 import errno
+import fcntl
 import gc
-import math
-import multiprocessing.queues
+import multiprocessing
 import os
-import re
+import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # on Windows
-    fcntl = resource = None
-
-# Forked workers share the lists, spawned ones copy them; on macOS the system's libraries crash when forked.
-CAN_FORK = 'fork' in multiprocessing.get_all_start_methods() and sys.platform != 'darwin'
-CONTEXT = multiprocessing.get_context('fork' if CAN_FORK else 'spawn')
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+# Forked workers share the lists, spawned ones copy them. On macOS the system's libraries crash when forked.
+CONTEXT = multiprocessing.get_context('spawn' if sys.platform == 'darwin' else 'fork')
+# Ctrl-C, a closed terminal, and how schedulers end a job or warn it
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'}  # variables of its processes
-
-# How faults of the machine show up, and what helps.
-FAULTS = {
-    'open files|ancdata|exit code 24': 'too few files may be open at once: ulimit -n 4096',
-    r'shared memory|unable to mmap|/synchronize\.py': 'shared memory, /dev/shm, is too small or read-only; a '
-    'container takes its size from docker run --shm-size=8g',
-    'AF_UNIX|temporary directory': 'loader workers need a folder with a short path in TMPDIR: TMPDIR=/tmp',
-    r'/popen_\w+\.py': 'no more processes may be started: lower --workers',
-    '^DataLoader|^Pin memory': 'a loader worker has died or hangs: too little memory, too few open files '
-    '(ulimit -n), or a file that crashes the decoder (`prepare.py check` finds it); --resume goes on',
-    'gloo|NCCL': 'a process of the run has died or hangs, perhaps for lack of memory; --resume goes on',
-}
+# How srun and mpirun say how many processes they have started
+OTHER_LAUNCHERS = ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE']
+PATIENCE = timedelta(minutes=30)  # how long processes wait for one another, and for a batch
 
 
 class UserError(ValueError):
     """The run cannot start or go on; the message says what is wrong, where, and what to do."""
 
 
-# Starting and ending --------------------------------------------------------------------------------------
+# Starting -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def processes(program: str):
+def processes(program: str) -> Iterator[torch.device]:
     """Join the other processes of torchrun; `with processes('train.py') as device` gives this one's device.
 
-    Inside, a user's mistake (UserError, OSError) or a fault of the machine ends every process with one line
-    and status 1. So does the death of a process or of a loader worker. A bug shows its traceback.
+    Inside, a user's mistake (UserError, OSError) ends every process with one line and status 1. So does the
+    death of a process or of a loader worker. A bug shows its traceback.
     """
     open_outputs()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
@@ -76,41 +62,17 @@ def processes(program: str):
     except SystemExit as stop:  # all ranks have agreed on it
         end_process(stop.code)
     except Exception as error:
-        line = explain(error)
-        if program != 'train.py':
-            line = line.replace('; --resume goes on', '')
+        line = one_line_about(error)
         if not line and not dist.is_initialized():
             raise
         sys.unraisablehook = lambda _: None  # a DataLoader that could not start complains when it ends
-        line = f'{program}: {line}' if line else traceback.format_exc()
-        say(line, sys.stderr, everywhere=not isinstance(error, UserError))
+        text = f'{program}: {line}' if line else traceback.format_exc()
+        say(text, sys.stderr, everywhere=not isinstance(error, UserError))
         end_process(1)
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
             gc.collect()  # DDP's cycles hold its threads, which abort an interpreter that they outlive
-
-
-def explain(error: Exception) -> str:
-    """The line about a user's mistake or a fault of the machine; '' for a bug."""
-    text = str(isinstance(error, RuntimeError) and error.__cause__ or error).strip()
-    if isinstance(error, (ConnectionError, EOFError)):  # a worker broke off while it handed over a batch
-        text = f'DataLoader worker: {error}'
-    if isinstance(error, (OSError, EOFError, RuntimeError)):
-        raised = re.findall(r'^\w+Error: .*', text, re.MULTILINE)  # in a worker: the text is its traceback
-        reason = (raised[-1:] or text.splitlines() or [''])[0].split('. ')[0]
-        place = re.findall('File "(.*)"', ''.join(traceback.format_exception(error)))[-1]
-        for sign, line in FAULTS.items():
-            if re.search(sign, (reason if raised else text) + f' {place}' * isinstance(error, OSError)):
-                return f'{line} ({reason})'
-        text = about_file(error) or reason if isinstance(error, OSError) else ''
-    return text if isinstance(error, (UserError, OSError)) else ''
-
-
-def about_file(error: Exception) -> str:
-    """'FILE: what is wrong' of the system's errors that name a file; '' for others."""
-    name = getattr(error, 'filename', None)
-    return f'{name}: {error.strerror}' if name and error.strerror else ''
 
 
 def open_outputs() -> None:
@@ -122,42 +84,89 @@ def open_outputs() -> None:
             getattr(sys, name).reconfigure(encoding='utf-8', errors='surrogateescape')
 
 
-def end_process(status: int) -> None:
-    """End this process, at once if there are others: leaving the group properly would wait for ranks that may
-    never come (NCCL aborts only when all do), and hold back what is printed."""
-    if not dist.is_initialized():
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def join(program: str) -> torch.device:
-    """This process's own GPU if there is one, else the CPU; joins the other processes under torchrun."""
-    on_gpu, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK') or 0)
-    device = torch.device('cuda', local_rank) if on_gpu else torch.device('cpu')
-    if on_gpu:
-        count, started = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    """This process's own GPU if there is one, else the CPU. Under torchrun it joins the other processes."""
+    device, backend = torch.device('cpu'), 'gloo'
+    if torch.cuda.is_available():
+        local_rank, count = int(os.environ.get('LOCAL_RANK', '0')), torch.cuda.device_count()
+        started = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
         if started > count:
             line = f'{program}: {started} processes for the {count} GPUs here: --nproc_per_node={count}'
             sys.exit(line if local_rank == 0 else 1)
+        device, backend = torch.device('cuda', local_rank), 'cpu:gloo,cuda:nccl'
         torch.cuda.set_device(device)
         # "fp32" on a GPU is TF32, as convolutions have it by default. (The newer way to say it breaks
         # torch.compile before torch 2.11: pytorch issue 166387.)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if names := sorted(TORCHRUN & os.environ.keys()):
+    if TORCHRUN & os.environ.keys():
+        join_others(program, backend)
+        return device
+    for name in OTHER_LAUNCHERS:
+        if os.environ.get(name, '1') != '1':
+            raise UserError(
+                f'{name} is {os.environ[name]}, but torchrun is what makes several processes one run: have '
+                f'one torchrun started on each node. For a single process, unset {name}'
+            )
+    return device
+
+
+def join_others(program: str, backend: str) -> None:
+    """Join the other processes at MASTER_ADDR:MASTER_PORT, where rank 0 or torchrun keeps a common store.
+
+    Raises UserError if a variable is wrong, the port is in use, or others have not come after half an hour.
+    """
+    try:
+        rank, world_size, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        host = os.environ['MASTER_ADDR']
+    except (KeyError, ValueError) as error:
+        names = ' '.join(sorted(TORCHRUN & os.environ.keys()))
+        line = f'RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT go together ({error})'
+        raise UserError(f'{line}; without torchrun: unset {names}') from None
+    if not 0 <= rank < world_size:
+        raise UserError(f'RANK {rank} does not fit WORLD_SIZE {world_size}: ranks are 0 to {world_size - 1}')
+    joined, start = 1, time.monotonic()
+
+    def waiting() -> str:
+        missing = f'{world_size - joined} of {world_size} processes'
+        return f'rank {rank} waits for {missing} at {host}:{port} (MASTER_ADDR:MASTER_PORT)'
+
+    with said_meanwhile(lambda: f'{program}: {waiting()}'):
+        is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         try:
-            store, rank, world_size = next(dist.rendezvous('env://'))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f'{error}; without torchrun: unset {" ".join(names)}') from None
-        # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
-        backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
+            store = dist.TCPStore(host, port, None, is_server, PATIENCE, wait_for_workers=False)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f'{reason} (MASTER_ADDR {host}, MASTER_PORT {port}: try another one)') from None
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
             # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
             store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return device
+        joined = store.add('joined', 1)
+        while joined < world_size:
+            if time.monotonic() - start > PATIENCE.total_seconds():
+                raise UserError(f'{waiting()}: they have not come')
+            time.sleep(0.1)
+            joined = store.add('joined', 0)
+    # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+@contextmanager
+def said_meanwhile(line: Callable[[], str]) -> Iterator[None]:
+    """If the block takes over ten seconds, say a line then and every minute."""
+    done = threading.Event()
+
+    def wait() -> None:
+        seconds = 10
+        while not done.wait(seconds):
+            say(line())
+            seconds = 60
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def pick_precision(asked: str | None, device: torch.device) -> tuple[str, str]:
@@ -173,6 +182,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision for a forward pass; nothing with fp32."""
     dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if torch.compile does not work here, for lack of a C++ compiler say. The network is
+    compiled only after a hundred steps; a small function tells it now."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # a compiler's faults have many types
+        reason = str(getattr(error, 'inner_exception', error)).strip().splitlines()[0]
+        raise UserError(f'--compile does not work on this machine ({reason}); leave it out') from None
 
 
 # Agreeing -------------------------------------------------------------------------------------------------
@@ -218,8 +237,11 @@ def average(tensors: list[torch.Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+# Stopping together ----------------------------------------------------------------------------------------
+
+
 @contextmanager
-def together():
+def together() -> Iterator[None]:
     """Turn one rank's OSError or ValueError into a UserError of all. No collective may be inside: the other
     ranks wait at the end of the block for the one that is in trouble."""
     trouble = ''
@@ -232,11 +254,53 @@ def together():
 
 def stop_together(trouble: str) -> None:
     """Raise UserError on all ranks if one of them is in trouble: if its text is not empty."""
-    for text in filter(None, gather(trouble)):
-        raise UserError(text)
+    for text in gather(trouble):
+        if text:
+            raise UserError(text)
 
 
-def say(text: str = '', file=None, everywhere: bool = False) -> None:
+def one_line_about(error: Exception) -> str:
+    """What ends the run, in a line: a mistake, the system, or another process that has died; '' for a bug."""
+    text = str(error).strip()
+    reason = (text.splitlines() or [type(error).__name__])[0]
+    # A worker that dies breaks off its connection, or DataLoader notices; torch has no type for that.
+    if isinstance(error, (ConnectionError, EOFError)) or reason.startswith(('DataLoader', 'Pin memory')):
+        hint = 'too little memory, or a file that crashes the decoder (`prepare.py check` finds it)'
+        return f'a loader worker has died or hangs, {hint}: {reason}'
+    if isinstance(error, dist.DistError) or '/gloo/' in reason:
+        return f'a process of the run has died or hangs: {reason}'
+    if isinstance(error, (UserError, OSError)):
+        return about_file(error) or text
+    return ''
+
+
+def about_file(error: Exception) -> str:
+    """'FILE: what is wrong' of the system's errors that name a file; '' for others."""
+    name = getattr(error, 'filename', None)
+    return f'{name}: {error.strerror}' if name and error.strerror else ''
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an OSError name the file that is being written, and how much is free there."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise OSError(f'{path} cannot be written ({error.strerror}, {free} MB are free there)') from None
+
+
+def end_process(status: int) -> None:
+    """End this process, at once if there are others: leaving the group properly would wait for ranks that may
+    never come (NCCL aborts only when all do), and hold back what is printed."""
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) -> None:
     """Print a line above progress bars, on the main process or everywhere. A closed pipe (`| head`) or
     terminal ends nothing."""
     if rank() and not everywhere:
@@ -253,34 +317,23 @@ def say(text: str = '', file=None, everywhere: bool = False) -> None:
 
 
 def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader whose workers leave stop signals to the main process, and tell it why a batch fails."""
+    """A DataLoader whose workers leave stop signals to the main process and end with it."""
     if workers:
         if dist.is_initialized():
             # A thread of gloo may still let go of what it sent last. In Python before 3.10.15 and 3.11.10, a
             # worker forked at that moment never starts (cpython issue 112275).
             time.sleep(0.1)
-        # Half an hour is as long as ranks wait for one another. Without SIGCHLD, only a wait without a
-        # timeout notices a dead worker.
-        options |= {'timeout': 1800} if hasattr(signal, 'SIGCHLD') else {}
         options |= {'worker_init_fn': begin_worker, 'multiprocessing_context': CONTEXT}
+        options |= {'timeout': PATIENCE.total_seconds()}
     return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
 
 
-def default_workers() -> int:
-    """Loader processes for this process: its share of the cores, at most 16 (the reference starts 12)."""
-    return max(1, min(16, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
-
-
 def begin_worker(worker_id: int) -> None:
-    """Leave stop signals to the main process, end with it, and tell it about errors in a worker's threads,
-    which would only print them."""
     end_with_parent()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    for name in {'SIGSEGV', 'SIGBUS', 'SIGFPE'} & {*dir(signal)}:  # torch would print a line for these
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    multiprocessing.queues.Queue._on_queue_feeder_error = send_reason
-    sys.excepthook = end_worker
+    for signum in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):  # torch would print a line for these
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def end_with_parent() -> None:
@@ -294,27 +347,32 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def send_reason(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
-    """Send the main process the reason why a batch cannot be sent."""
-    queue.put((item[0], ExceptionWrapper(where='in a DataLoader worker')))
-
-
-def end_worker(kind: type, error: BaseException, trace) -> None:
-    """Exit with an errno, unless it was the main process that broke off."""
-    if not isinstance(error, (ConnectionError, EOFError)):
-        os._exit(getattr(error, 'errno', 1))
-
-
 def end_workers() -> None:
     """Kill the loader workers that are left. They ignore SIGTERM, so a program that ends would wait for them
     forever."""
-    if hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
-# What a machine grants, or lacks --------------------------------------------------------------------------
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Raise UserError if /dev/shm is too small for the batches that this machine's workers prepare: two each,
+    and in each process one that is handed over and one in use."""
+    if workers and os.path.exists('/dev/shm'):  # macOS has none
+        needed = (2 * workers + 2) * batch_bytes * int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+        free = shutil.disk_usage('/dev/shm').free
+        if free < needed:
+            size = max(8, -(-needed // 2**30))
+            raise UserError(
+                f'/dev/shm has {free >> 20} MB free, but the batches of {workers} loader workers take '
+                f'{needed >> 20} MB: lower --workers, or give the container more: docker run '
+                f'--shm-size={size}g'
+            )
+
+
+def default_workers() -> int:
+    """Loader processes for this process: its share of the cores, at most 16 (the reference starts 12)."""
+    return max(1, min(16, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))))
 
 
 def cores() -> int:
@@ -326,31 +384,16 @@ def cores() -> int:
     return count
 
 
-def peak_memory() -> float:
-    """The most memory that this process has held, in MB; NaN if that is unknown."""
-    if not resource:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == 'darwin' else 10)
+def peak_memory() -> int:
+    """The most memory that this process has held, in MB."""
+    unit = 2**20 if sys.platform == 'darwin' else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def locked(file: TextIO) -> bool:
     """Lock an open file until this process ends, however it ends; False if another process has it."""
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)  # others mean a file system without locks
     return True
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Let one process at a time inside with the same folder; without locks, all of them."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        with suppress(OSError, AttributeError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        if fcntl:
-            os.close(descriptor)

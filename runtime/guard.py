@@ -4,16 +4,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from data import Batch
-from runtime.distributed import STOP_SIGNALS, UserError, add_up, rank, say, stop_together
-
-
-class Stop(BaseException):
-    """A signal ends the wait for a batch. Not an Exception, because those count as unreadable files."""
+from runtime.distributed import STOP_SIGNALS, UserError, add_up, rank, say, stop_together, writing
 
 
 class Guard:
@@ -23,12 +18,10 @@ class Guard:
     def __init__(self, folder: Path, save_minutes: float, max_bad: float):
         self.folder, self.save_minutes, self.max_bad = folder, save_minutes, max_bad
         self.epoch, self.unreadable, self.drawn = -1, 0, 0  # samples of this epoch, on all ranks
-        bad_list = folder / 'bad_samples.txt'
-        self.bad_list = open(bad_list, 'a+', 1, 'utf-8', 'surrogateescape')
+        self.bad_list = open(folder / 'bad_samples.txt', 'a+', 1, 'utf-8', 'surrogateescape')
         self.bad_list.seek(0)
-        self.listed = set(self.bad_list)
-        self.lost = set()  # (source, place in its list) of each file that this process could not read
-        self.received, self.since, self.last_save, self.waiting = 0, 0.0, time.monotonic(), False
+        self.listed = {line.rstrip('\n') for line in self.bad_list}
+        self.received, self.since, self.last_save = 0, 0.0, time.monotonic()
         self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         # A hangup that `nohup` has shielded the run from stays ignored.
         ignored = [s for s in STOP_SIGNALS if signal.getsignal(s) == signal.SIG_IGN and s != signal.SIGINT]
@@ -37,8 +30,8 @@ class Guard:
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame) -> None:
-        """Remember a signal for the step boundary. A scheduler and a launcher may both send one at once; a
-        later one ends the process immediately."""
+        """Remember a signal for the step boundary. A scheduler and a launcher may both send one at once; one
+        that comes five seconds later ends the process immediately, even if it waits for a disk that hangs."""
         if self.received and time.monotonic() - self.since > 5:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
@@ -49,20 +42,6 @@ class Guard:
                 line = f'\n{name}: saving after this step; another after 5 seconds ends it now\n'
                 with suppress(OSError):
                     os.write(2, line.encode())
-        if self.waiting:
-            raise Stop
-
-    def draw(self, batches: Iterator, count: int) -> list[dict[str, Batch]]:
-        """The next batches; none once a signal has come. That ends the wait, say for a disk that hangs."""
-        drawn = []
-        with suppress(Stop):
-            try:
-                self.waiting = True
-                if not self.received:
-                    drawn = [next(batches) for _ in range(count)]
-            finally:
-                self.waiting = False
-        return [] if self.received else drawn  # PyAV can take the interruption for a damaged file
 
     def ask(self, batches: list[dict[str, Batch]], epoch: int) -> tuple[bool, int]:
         """Before a step on these batches: (save now, the signal that stops it or 0), the same on all ranks.
@@ -71,32 +50,43 @@ class Guard:
         """
         parts = [part for batch in batches for part in batch.values()]
         bad = [line for part in parts for line in part.bad]
-        lost = [part.bad[-1] for part in parts if part.pixels is None]
-        if self.launcher not in (None, os.getppid()):  # a killed torchrun has left this process behind
-            self.received = self.received or signal.SIGTERM
-        due = rank() == 0 and time.monotonic() - self.last_save > 60 * self.save_minutes
+        hopeless = [part.bad[-1] for part in parts if part.pixels is None]
+        drawn = sum(len(part.paths) for part in parts) + len(bad)  # with those that others have replaced
+        is_due = rank() == 0 and time.monotonic() - self.last_save > 60 * self.save_minutes
+        if self.launcher is not None and self.launcher != os.getppid() and not self.received:
+            self.received = signal.SIGTERM  # a killed torchrun has left this process behind
         asked = [self.received == signum for signum in STOP_SIGNALS]
-        in_trouble, due, unreadable, drawn, *asked = add_up(
-            bool(lost), due, len(bad), sum(len(part.paths) for part in parts), *asked
-        )
+        # The one question of a step. What follows depends on the sums alone, so all ranks do the same.
+        in_trouble, due, bad_anywhere, drawn, *asked = add_up(len(hopeless), is_due, len(bad), drawn, *asked)
         if in_trouble:
-            stop_together(f'11 samples in a row are unreadable, the last one {lost[0]}' if lost else '')
+            stop_together(
+                f'11 samples in a row are unreadable, the last one {hopeless[0]}' if hopeless else ''
+            )
+        self._list(bad)
+        self._count(epoch, bad_anywhere, drawn)
+        stop = next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
+        return bool(due), stop
+
+    def _list(self, bad: list[str]) -> None:
+        """Write what is new to bad_samples.txt, a line each whatever a file's name."""
+        for line in bad:
+            line = line.replace('\n', r'\n').replace('\r', r'\r')
+            if line not in self.listed:
+                self.listed.add(line)
+                with writing(self.folder / 'bad_samples.txt'):
+                    print(line, file=self.bad_list)
+
+    def _count(self, epoch: int, unreadable: int, drawn: int) -> None:
+        """Add to this epoch's counts. Raises UserError if too much was unreadable."""
         if epoch != self.epoch:
             self.epoch, self.unreadable, self.drawn = epoch, 0, 0
         self.unreadable, self.drawn = self.unreadable + unreadable, self.drawn + drawn
-        for line in bad:
-            if f'{line}\n' not in self.listed:
-                self.listed.add(f'{line}\n')
-                print(line, file=self.bad_list)
-        self.lost |= {(source, i) for batch in batches for source, part in batch.items() for i in part.lost}
         if self.unreadable > max(self.max_bad * self.drawn, 20):
             raise UserError(
                 f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more '
                 f'than --max-bad {self.max_bad:g} allows; mend or remove the files that '
                 f'{self.folder}/bad_samples.txt lists, or raise it'
             )
-        stop = next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
-        return bool(due), stop
 
     def saved(self) -> None:
         """A checkpoint has just been written."""
