@@ -162,12 +162,10 @@ def predict(
         network = fold_batchnorm(network, is_image=isinstance(dataset, data.ImageDataset))
     else:  # not folded: cuDNN would add a folded convolution's bias in a pass of its own
         network = copy.deepcopy(network).eval()
-    views = dataset.num_clips * dataset.num_crops if dataset.mode == 'test' else 1
-    with together():
-        view_bytes = math.prod(dataset.shape[:-2]) * dataset.short_side**2
-        distributed.check_shared_memory(batch_size * views * view_bytes, workers)
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
-    batches = distributed.loader(share, workers, batch_size=batch_size, collate_fn=list)
+    views = dataset.num_clips * dataset.num_crops if dataset.mode == 'test' else 1
+    size = batch_size * views * math.prod(dataset.shape[:-2]) * dataset.short_side**2  # bytes of a batch
+    batches = distributed.loader(share, workers, size, batch_size=batch_size, collate_fn=list)
     quiet = None if progress and rank() == 0 else True  # None: only where there is a terminal
     columns = classes(network, source)
     if features:

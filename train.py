@@ -263,6 +263,7 @@ def wrap(network: nn.Module, args: argparse.Namespace, sources: list, device: to
     network's weights."""
     wrapped = network
     if args.compile:
+        distributed.check_compiler(device)
         # Inductor would leave channels-last where a convolution over three frames narrows. CUDA graphs save
         # 1,500 launches a step; with --accumulate a second batch would overwrite the first one's gradients.
         options = {'force_layout_optimization': True, 'triton.cudagraphs': args.accumulate == 1}
@@ -299,7 +300,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     with together():
         logger = log.Log(args.work_dir, device, args.freeze)  # makes the folder and locks it
         saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
-        checkpoint.fit_size(args, saved)
+        checkpoint.fit_size(args, saved, path)
         sources = open_sources(args)
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
@@ -328,7 +329,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     step, epoch, best = 0, 0, [-1.0, None]
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
-        checkpoint.load_momentum(optimizer, saved['optimizer'], path)
+        checkpoint.load_optimizer(optimizer, saved['optimizer'], path)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         # With other GPUs an epoch has other steps: the share that is done stays the same.
@@ -343,9 +344,11 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         keys = (
             sampler.batch(s, micro) for s in range(first, args.epochs * steps_per_epoch) for micro in mine
         )
-        return iter(distributed.loader(dataset, workers, batch_sampler=keys, collate_fn=data.collate))
+        size = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)  # bytes of a batch
+        return iter(distributed.loader(dataset, workers, size, batch_sampler=keys, collate_fn=data.collate))
 
-    log.introduce(args, sources, sampler, f'{device.type}, {precision} ({why})', workers, saved, step)
+    computing = f'{device.type}, {precision} ({why}), {workers} workers'
+    log.introduce(args, sources, sampler, computing, saved, step)
     del saved
     guard = Guard(logger.folder, args.save_minutes, args.max_bad)
 
@@ -440,7 +443,12 @@ def main(argv: list[str] | None = None) -> nn.Module:
             for test in tests:
                 say(f'\nevaluate.py {shlex.join(test)}')
                 evaluate.run(evaluate.parse_args(test), device)
-        say(f'\nNext: python evaluate.py {shlex.join(ckpt)} YOUR.mp4 YOUR.jpg')
+        example = 'YOUR.mp4'
+        if args.image_only:
+            example = 'YOUR.jpg'
+        elif args.demo:
+            example = f'{args.val_root}/dots_rising_000.mp4'
+        say(f'\nNext: python evaluate.py {shlex.join(ckpt)} {example}')
         if tests:
             say(f'Next: python evaluate.py {shlex.join([*tests[0], "--dump", "result.pkl"])}')
     return network

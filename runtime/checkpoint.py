@@ -212,27 +212,12 @@ def archive_fault(path: str | os.PathLike) -> str:
 
 def unpickle(path: str | os.PathLike) -> object:
     try:
-<<<<<<< HEAD
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (OSError, ValueError):  # torch's old format
         foreign = []
     with torch.serialization.safe_globals([(Inert, name) for name in foreign]), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch's, about formats that it refuses or reads anyway
         return torch.load(path, map_location='cpu', weights_only=True)
-=======
-        if not target.exists():
-            socket.setdefaulttimeout(30)  # torch would wait forever
-            torch.hub.download_url_to_file(url, str(beside), digits and digits[1])
-            load(beside)  # torch does not notice when a transfer breaks off
-            os.replace(beside, target)
-    except (OSError, ValueError, RuntimeError, HTTPException) as error:
-        reason = str(error).replace(f'{beside}:', 'what came:')
-        raise OSError(f'{url}: cannot be fetched ({reason}); you can put a copy at {target}') from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-        beside.unlink(missing_ok=True)
-    return target
->>>>>>> processes
 
 
 def networks_in(saved: object, path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:

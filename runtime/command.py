@@ -82,7 +82,13 @@ def whole_file(path: str, mode: str = 'wb', **options) -> Iterator[IO]:
     say(f'wrote {path}')
 
 
-def check_writable(path: str) -> None:
+def check_writable(*paths: str) -> None:
+    for path in paths:
+        if path:
+            _cw(path)
+
+
+def _cw(path: str) -> None:
     """Raise OSError if `whole_file` would fail at once."""
     there = path if is_device(path) else os.path.dirname(path) or '.'
     if os.path.isdir(path) or not os.access(there, os.W_OK):

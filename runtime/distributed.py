@@ -194,6 +194,13 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f'--compile does not work on this machine ({reason}); leave it out') from None
 
 
+def set_deterministic(on: bool) -> None:
+    """Make a run on a GPU repeatable bit for bit, or let cuDNN try which of its kernels is fastest."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # makes cuBLAS deterministic
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on
+
+
 # Agreeing -------------------------------------------------------------------------------------------------
 
 
@@ -316,9 +323,10 @@ def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) ->
 # Loader workers -------------------------------------------------------------------------------------------
 
 
-def loader(dataset: Dataset, workers: int, **options) -> DataLoader:
+def loader(dataset: Dataset, workers: int, batch_bytes: int, **options) -> DataLoader:
     """A DataLoader whose workers leave stop signals to the main process and end with it."""
     if workers:
+        check_shared_memory(batch_bytes, workers)
         if dist.is_initialized():
             # A thread of gloo may still let go of what it sent last. In Python before 3.10.15 and 3.11.10, a
             # worker forked at that moment never starts (cpython issue 112275).

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_demo_trains_validates_and_tests(trained):
         '10 steps are few for a network that learns from nothing; --epochs 150 makes 300',
         '16 videos of 8 classes, 10 clips x 3 crops',
         '12 images of 4 classes, centre crop',
-        '\nevaluate.py --ckpt work_dirs/demo/latest.pth  (30 views of each video; ',
+        '\nevaluate.py --ckpt work_dirs/demo/latest.pth\n',
     ):
         assert line in output
     assert 'image_top1' in output and 'image_top5' not in output and 'video_top5' in output  # of four classes
@@ -73,8 +74,7 @@ def test_demo_trains_validates_and_tests(trained):
     assert last == 'Next: python evaluate.py --ckpt work_dirs/demo/latest.pth --dump result.pkl'
     result = run(last.removeprefix('Next: python '), folder)
     assert '16 videos of 8 classes, 10 clips x 3 crops' in result.stdout and (folder / 'result.pkl').exists()
-    own, comment = own.removeprefix('Next: python ').split('  # ')
-    assert '.mp4 (video)' in run(own, folder).stdout and comment == 'or YOUR.mp4'
+    assert '.mp4 (video)' in run(own.removeprefix('Next: python '), folder).stdout
     assert '12 images' in run('evaluate.py --ckpt work_dirs/demo/best.pth --images', folder).stdout
 
 
@@ -83,7 +83,7 @@ def test_work_folder(trained):
     folder = trained[0] / 'work_dirs/demo'
     assert {p.name for p in folder.glob('*.pth')} == {'epoch_4.pth', 'epoch_5.pth', 'best.pth', 'latest.pth'}
     steps = records(folder, 'step')
-    assert [(r['epoch'], r['step']) for r in steps] == [(e, 2) for e in range(1, 6)]
+    assert [(r['epoch'], r['step']) for r in steps] == [(1, 1), *((epoch, 2) for epoch in range(1, 6))]
     assert all(np.isfinite(r['loss']) and r['time'] >= r['data_time'] >= 0 for r in steps)
     keys = 'epoch step lr loss video_loss image_loss video_top1 image_top1 grad_norm'
     assert {*keys.split()} < steps[0].keys()
@@ -144,7 +144,7 @@ def test_images_first_then_jointly_or_videos(demo):
         assert 'starting afresh' in output[0] and 'resuming from' in output[1]
     run(f'{options} --no-validate --video-only --work-dir videos --init-2d work_dirs/images/best.pth', demo)
     assert '12 images' in run('evaluate.py --ckpt work_dirs/images/best.pth --images', demo).stdout
-    [record] = records(demo / 'work_dirs/images', 'step')
+    record = records(demo / 'work_dirs/images', 'step')[-1]
     assert (record['epoch'], record['step']) == (1, 5) and 'video_loss' not in record
 
     given = checkpoint_in(demo / 'work_dirs/images')
@@ -190,15 +190,13 @@ torch.save([train.main().state_dict(), paths], f'rank{os.environ["RANK"]}.pth')
 
 def test_a_run_says_what_it_is_about_to_do(demo, monkeypatch, capsys):
     monkeypatch.chdir(demo)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
     paths = '--{0}-list data/demo/{0}_train.txt --{0}-root data/demo/{0}s_train'
     for options, expected in (
-        ('', 'a step takes about 128 seconds and 21 GB: --width 16 --size 112, or smaller'),
+        ('', 'so large a network takes minutes: see "On a small machine" in README.md'),
         ('', "the learning rate is 8.0 times the recipe's for so many videos a step; --auto-scale-lr"),
         ('', 'an epoch sees 170 images, 4.25 times the set'),
-        ('--accumulate 2 --freeze --init a.pth --width 64 --layers 3 4 6 3', 'about 85 seconds and 2 GB'),
-        ('--width 16 --size 112', ''),
-        ('--videos-per-gpu 2 --images-per-gpu 2 --size 112', ''),
+        ('--val-list data/demo/video_val.txt --val-root data/demo/videos_val', 'one of them is 6.2 points'),
+        ('--width 16', ''),
     ):
         args = train.parse_args(f'{paths.format("video")} {paths.format("image")} {options}'.split())
         opened = sources.open_sources(args)
@@ -207,7 +205,7 @@ def test_a_run_says_what_it_is_about_to_do(demo, monkeypatch, capsys):
         capsys.readouterr()
         introduce(args, opened, sampler, 'cpu', None, 0)
         output = capsys.readouterr().out
-        assert expected in output and bool(expected) == ('on this CPU' in output)
+        assert expected in output and (args.width == 64) == ('on a CPU' in output)
 
 
 def test_an_unreadable_file_does_not_end_the_run(demo):
@@ -233,12 +231,16 @@ def test_too_many_unreadable_files_end_the_run(demo):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
-    line = f'{TRAINED} --epochs 9 --lr 1e38 --resume work_dirs/demo/latest.pth --work-dir broken'
-    result = run(line, trained[0], expect=1)
+    folder = trained[0] / 'broken'
+    folder.mkdir()
+    shutil.copy(trained[0] / 'work_dirs/demo/latest.pth', folder)  # to go on from another run's checkpoint
+    before = (folder / 'latest.pth').read_bytes()
+    result = run(f'{TRAINED} --epochs 9 --lr 1e38 --resume --work-dir broken', trained[0], expect=1)
     assert 'changed since the checkpoint: lr 0.05 -> 1e+38' in result.stdout
     line = r'loss is not finite in epoch 6 step \d, rank 0; .* its \d+ files:\n  data/demo/videos_train'
     assert re.search(line, result.stderr) and 'Traceback' not in result.stderr
-    assert not list((trained[0] / 'broken').glob('*.pth'))
+    assert [*folder.glob('*.pth')] == [folder / 'latest.pth']
+    assert (folder / 'latest.pth').read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -247,14 +249,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
         ('', 'data/kinetics400/kinetics400_train_list_videos.txt: no such list.*--video-list.*--demo'),
         ('--demo --video-root nowhere', 'nowhere/.*: no such file, .* --video-root names the folder'),
         ('--demo --val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range, 0 to 7'),
-        ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor any other at the start of gone.txt'),
+        ('--demo --video-list gone.txt', 'gone.mp4: no such file, nor 0 others from all over gone.txt'),
         ('--demo --videos-per-gpu 33', '32 training videos are too few .* 33; lower --videos-per-gpu'),
         ('--demo --image-val-list typo.txt', r'typo.txt: no such list or .* \(--image-val-list\)'),
-        ('--demo --video-labels typo.txt', 'typo.txt: no such file, given by --video-labels'),
+        ('--demo --video-labels typo.txt', 'typo.txt: No such file'),
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
-        ('--demo --image-labels= --image-list huge.txt', 'huge.txt:2: label 1000000 among 2 samples'),
-        ('--demo --resume other.pth', 'other.pth: weights, but no run to resume; --init'),
-        ('--demo --init-2d other.pth', 'other.pth: weight conv1.weight is'),
+        ('--demo --image-labels= --image-list huge.txt', 'huge.txt: label 1000000 among 2 samples'),
+        ('--demo --init-2d other.pth', 'other.pth: not weights of a SlowOnly'),
         ('--demo --freeze --resume', '--freeze needs trained weights: name them with --init or --init-2d'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
         ('--demo --epochs 0', "'0' is not a whole number"),
@@ -265,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
         ('--demo --epochs 3 --warmup-epochs 4', '--warmup-epochs 4 is more than --epochs 3'),
         ('--demo --momentum 5 --lr 1', "'5' is not a number of at least 0, below 1"),
         ('--demo --lr 1 --work-dir=', '--work-dir must not be empty'),
-        ('--demo --lr 1 --epoks 3', 'unrecognized arguments: --epoks 3; did you mean --epochs\\?'),
+        ('--demo --lr 1 --epoks 3', 'unrecognized arguments: --epoks 3'),
         ('--lr 1 --video-list data --video-root data', '--video-list is a folder .*, --video-root is'),
         ('--demo --work-dir taken', 'taken: no checkpoint in it can be resumed'),
     ],
@@ -342,8 +343,7 @@ def test_the_recipes_do_what_they_say():
     files = data.FileList(np.arange(90).astype('S'), np.repeat([0, 1], [81, 9]))  # 9 and 3 of 12
     source, sampler = mock.Mock(train=mock.Mock(files=files)), data.JointSampler({'video': 90}, {'video': 9})
     source.name = 'video'
-    shares, drawing = balance.split('# and in')
-    drawing, adding = drawing.split('# and in')
+    shares, drawing, adding = balance.split('# and in')
     exec(shares, {'np': np, 'sources': [source], 'sampler': sampler})
     orders = []
     for nth_pass in (*range(50), 0):
@@ -427,7 +427,7 @@ def test_the_readme_s_step_is_the_program_s_which_skips_what_is_not_finite():
     space = {'F': F, 'nn': torch.nn, 'network': network, 'optimizer': plain, 'labels': labels}
     device, scaler = torch.device('cpu'), torch.amp.GradScaler('cpu', enabled=False)
     for seed in (1, 2):
-        train.train_step(ours, optimizer, scaler, [batch], [seed], seed, device, clip_norm=0.5)
+        train.train_step(ours, optimizer, scaler, [batch], [seed], 999, device, clip_norm=0.5)
         torch.manual_seed(seed)
         exec(code, space | {'clips': clips, 'images': images})
     for key, value in network.state_dict().items():
