@@ -291,7 +291,7 @@ def test_momentum_is_copied_or_refused(trained):
     for entry in saved['state'].values():
         entry['momentum_buffer'].uniform_()
     saved['param_groups'][0]['lr'] = 7.0
-    checkpoint.load_optimizer(new, saved, 'a.pth')
+    checkpoint.load_momentum(new, saved, 'a.pth')
     assert new.param_groups[0]['lr'] == 0.1
     for number, entry in new.state_dict()['state'].items():
         assert torch.equal(entry['momentum_buffer'], saved['state'][number]['momentum_buffer'])
