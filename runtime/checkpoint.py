@@ -124,7 +124,8 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def load_run(path: str | os.PathLike) -> dict:
     """A checkpoint to resume from."""
     saved = load(path)
-    if not {'optimizer', 'scaler', 'settings', 'step', 'steps_per_epoch'} <= saved.keys():
+    needed = {'optimizer', 'scaler', 'settings', 'lists', 'step', 'steps_per_epoch', 'epoch', 'best'}
+    if not needed <= saved.keys():
         raise ValueError(f'{path}: weights, but no run to resume; --init starts from them')
     return saved
 
@@ -229,7 +230,8 @@ def networks_in(saved: object, path: str | os.PathLike) -> dict[str, dict[str, T
         part = content if name == '' else content.get(name)
         if isinstance(part, dict):
             state = {key: value for key, value in part.items() if isinstance(key, str) and is_stored(value)}
-            networks |= {name: state} if state else {}
+            if state:
+                networks[name] = state
     if not networks:
         raise ValueError(f'{path}: no weights found in it; expected a checkpoint of train.py or of MMAction2')
     return networks
@@ -245,28 +247,44 @@ def is_stored(value: object) -> bool:
 def check_values(saved: dict, path: str | os.PathLike) -> None:
     """ValueError if a checkpoint of train.py has values, besides tensors, that no run would save."""
     try:
-        settings = saved['settings']
-        sizes = [index(settings.get(key, 1)) for key in ('size', 'clip_len', 'frame_interval')]
-        files = [value or '' for key, value in settings.items() if key.endswith(('_list', '_root'))]
-        plain = [value for value in settings.values() if not isinstance(value, list)]
-        labels = [value or [] for key, value in saved.items() if str(key).endswith('_labels')]
-        epoch, steps_per_epoch = index(saved.get('epoch', 0)), index(saved.get('steps_per_epoch', 1))
-        within = index(saved.get('step', 0)) - epoch * steps_per_epoch
-        top1, digests = saved.get('best', (0, None))
-        pairs = [training for training, _ in saved.get('lists', {}).values()]  # digests of paths and labels
-        good = (
-            all(0 < size < 2**16 for size in sizes)
-            and all(isinstance(text, str) for text in [*files, *(digests or []), *sum(labels, [])])
-            and all(isinstance(value, (str, int, float, type(None))) for value in plain)
-            and 0 <= epoch < 2**63 > steps_per_epoch > 0
-            and 0 <= within <= steps_per_epoch
-            and all(isinstance(x, (int, float)) for x in [top1, *saved.get('scaler', {}).values()])
-            and all(len(pair) == 2 for pair in pairs)
-        )
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # a value of another type
+        good = settings_fit(saved['settings']) and state_fits(saved)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # from a value of another type
         good = False
     if not good:
         raise ValueError(f'{path}: not a run of train.py, which would not save such values')
+
+
+def settings_fit(settings: dict) -> bool:
+    sizes = [index(settings.get(key, 1)) for key in ('size', 'clip_len', 'frame_interval')]
+    files = [value for key, value in settings.items() if key.endswith(('_list', '_root'))]
+    plain = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
+    return (
+        all(0 < size < 2**16 for size in sizes)
+        and all(isinstance(name, (str, type(None))) for name in files)
+        and all(isinstance(item, (str, int, float, type(None))) for item in plain)
+    )
+
+
+def state_fits(saved: dict) -> bool:
+    state = {
+        'step': 0,
+        'steps_per_epoch': 1,
+        'epoch': 0,
+        'best': [0, None],
+        'scaler': {},
+        'lists': {},
+    } | saved
+    step, steps_per_epoch, epoch = (index(state[key]) for key in ('step', 'steps_per_epoch', 'epoch'))
+    top1, digests = state['best']  # of the best validation, and of its list
+    labels = [value for key, value in state.items() if str(key).endswith('_labels')]
+    texts = sum([value for value in [*labels, digests] if value is not None], [])
+    return (
+        0 <= step - epoch * steps_per_epoch <= steps_per_epoch
+        and 0 <= epoch < 2**63 > steps_per_epoch > 0
+        and all(isinstance(value, (int, float)) for value in [top1, *state['scaler'].values()])
+        and all(isinstance(text, str) for text in texts)
+        and all(len(training) == 2 for training, _ in state['lists'].values())
+    )
 
 
 # Into a network -------------------------------------------------------------------------------------------
@@ -278,7 +296,7 @@ def fit_size(args: argparse.Namespace, saved: dict | None, path: str) -> None:
     missing = [key for key in SIZES if getattr(args, key) is None]
     if missing:
         if not saved:
-            path = args.init or args.init_2d
+            path = args.init if args.init else args.init_2d
             saved = load(path)
         sizes = SIZES | saved.get('settings', {}) | size_of(saved['model'], path)
         vars(args).update({key: sizes[key] for key in missing})
@@ -315,7 +333,7 @@ def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
     network.load_state_dict(state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
+def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
     """Copy a run's momentum into the buffers of `optimizer`, which keeps its own settings. ValueError if one
     does not fit; a fused step would write outside it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
@@ -372,12 +390,6 @@ def load_2d(network: nn.Module, path: str) -> None:
     state = load(path)['model']
     network.load_state_dict(matching(network, state, path, heads(network.state_dict())), strict=False)
     say(f'starting from {path}: its backbone; the heads are new')
-
-
-def inflate_2d(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Backbone weights for `network` from a 2D ResNet with torchvision's key names, with or without a prefix.
-    ValueError names the first weight that does not fit."""
-    return matching(network, from_mmaction2(state), 'the 2D network', heads(network.state_dict()))
 
 
 def matching(network: nn.Module, state: dict[str, Tensor], path: str, new: list[str]) -> dict[str, Tensor]:

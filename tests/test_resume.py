@@ -41,10 +41,10 @@ train.main(arguments)
 LINGERS = """
 import time, train
 steps, train_step = [], train.train_step
-def lingering(*args):
+def lingering(*args, **kwargs):
     steps.append(None)
     time.sleep(5 * (len(steps) == 4))
-    return train_step(*args)
+    return train_step(*args, **kwargs)
 train.train_step = lingering
 train.main()
 """
@@ -113,8 +113,7 @@ def steps_of(folder):
 
 
 def test_one_process_that_accumulates_learns_what_two_do(undisturbed, demo, dies):
-    """The same samples and dropout, the same gradients but for the order of a sum; resumed, the same bits.
-    There are as many batches to a step, however they are shared out, so the order of the samples stays."""
+    """The same samples, dropout and gradients but for the order of a sum; resumed, the same bits."""
     line = f'train.py {OPTIONS} --accumulate 2 --workers 1'
     assert '2 steps an epoch of 1 x 2 x 4 videos' in run(f'{line} --work-dir accumulated', demo).stdout
     pair, whole = undisturbed(2), final(demo / 'accumulated')
@@ -320,12 +319,16 @@ def test_other_files_in_the_work_folder_are_left_alone(demo):
     assert 'all 3 epochs are done: nothing is left to train' in run(line, demo).stdout
 
 
-def test_a_demo_starts_anew_over_a_demo(undisturbed, demo):
+def test_a_demo_starts_anew_over_a_demo_only(undisturbed, demo):
     undisturbed(1)
     shutil.copytree(demo / 'undisturbed1', demo / 'again')
     run(f'train.py {OPTIONS} --workers 1 --work-dir again --epochs 1', demo)
     assert {path.name for path in (demo / 'again').glob('*.pth')} == {'epoch_1.pth', 'latest.pth'}
     assert len(records(demo / 'again')) == 4
+    (demo / 'noted').mkdir()
+    (demo / 'noted/bad_samples.txt').write_text('mine\n')
+    run(f'train.py {OPTIONS} --workers 1 --work-dir noted --epochs 1', demo)
+    assert (demo / 'noted/bad_samples.txt').read_text() == 'mine\n'
 
 
 def test_other_settings_take_effect_on_resume(undisturbed, demo):
