@@ -7,6 +7,7 @@ nothing is sent, and `gather` and `add_up` give back what they got.
 import errno
 import fcntl
 import gc
+import math
 import multiprocessing
 import os
 import resource
@@ -31,7 +32,6 @@ from tqdm import tqdm
 CONTEXT = multiprocessing.get_context('spawn' if sys.platform == 'darwin' else 'fork')
 # Ctrl-C, a closed terminal, and how schedulers end a job or warn it
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
-TORCHRUN = {'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'}  # variables of its processes
 # How srun and mpirun say how many processes they have started
 OTHER_LAUNCHERS = ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE']
 PATIENCE = timedelta(minutes=30)  # how long processes wait for one another, and for a batch
@@ -98,15 +98,15 @@ def join(program: str) -> torch.device:
         # "fp32" on a GPU is TF32, as convolutions have it by default. (The newer way to say it breaks
         # torch.compile before torch 2.11: pytorch issue 166387.)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if TORCHRUN & os.environ.keys():
+    if 'RANK' in os.environ or 'WORLD_SIZE' in os.environ:
         join_others(program, backend)
         return device
-    for name in OTHER_LAUNCHERS:
-        if os.environ.get(name, '1') != '1':
-            raise UserError(
-                f'{name} is {os.environ[name]}, but torchrun is what makes several processes one run: have '
-                f'one torchrun started on each node. For a single process, unset {name}'
-            )
+    told = [name for name in OTHER_LAUNCHERS if name in os.environ]
+    if told and os.environ[told[0]] != '1':
+        raise UserError(
+            f'{told[0]} is {os.environ[told[0]]}, but several processes become one run only under torchrun: '
+            f'start one torchrun per node. For a single process, unset {told[0]}'
+        )
     return device
 
 
@@ -119,23 +119,24 @@ def join_others(program: str, backend: str) -> None:
         rank, world_size, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
         host = os.environ['MASTER_ADDR']
     except (KeyError, ValueError) as error:
-        names = ' '.join(sorted(TORCHRUN & os.environ.keys()))
-        line = f'RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT go together ({error})'
-        raise UserError(f'{line}; without torchrun: unset {names}') from None
+        raise UserError(
+            f'RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is missing or wrong ({error}), which torchrun '
+            'sets; without torchrun: unset RANK WORLD_SIZE'
+        ) from None
     if not 0 <= rank < world_size:
         raise UserError(f'RANK {rank} does not fit WORLD_SIZE {world_size}: ranks are 0 to {world_size - 1}')
     joined, start = 1, time.monotonic()
 
     def waiting() -> str:
         missing = f'{world_size - joined} of {world_size} processes'
-        return f'rank {rank} waits for {missing} at {host}:{port} (MASTER_ADDR:MASTER_PORT)'
+        return f'{program}: rank {rank} waits for {missing} at {host}:{port} (MASTER_ADDR:MASTER_PORT)'
 
-    with said_meanwhile(lambda: f'{program}: {waiting()}'):
+    with said_meanwhile(waiting):
         is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         try:
             store = dist.TCPStore(host, port, None, is_server, PATIENCE, wait_for_workers=False)
         except (RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition('\n')[0]
             raise UserError(f'{reason} (MASTER_ADDR {host}, MASTER_PORT {port}: try another one)') from None
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
@@ -144,7 +145,7 @@ def join_others(program: str, backend: str) -> None:
         joined = store.add('joined', 1)
         while joined < world_size:
             if time.monotonic() - start > PATIENCE.total_seconds():
-                raise UserError(f'{waiting()}: they have not come')
+                raise UserError(f'gave up after half an hour: {waiting()}')
             time.sleep(0.1)
             joined = store.add('joined', 0)
     # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
@@ -268,8 +269,7 @@ def stop_together(trouble: str) -> None:
 
 def one_line_about(error: Exception) -> str:
     """What ends the run, in a line: a mistake, the system, or another process that has died; '' for a bug."""
-    text = str(error).strip()
-    reason = (text.splitlines() or [type(error).__name__])[0]
+    reason = str(error).partition('\n')[0].split('. ')[0] or type(error).__name__
     # A worker that dies breaks off its connection, or DataLoader notices; torch has no type for that.
     if isinstance(error, (ConnectionError, EOFError)) or reason.startswith(('DataLoader', 'Pin memory')):
         hint = 'too little memory, or a file that crashes the decoder (`prepare.py check` finds it)'
@@ -277,7 +277,7 @@ def one_line_about(error: Exception) -> str:
     if isinstance(error, dist.DistError) or '/gloo/' in reason:
         return f'a process of the run has died or hangs: {reason}'
     if isinstance(error, (UserError, OSError)):
-        return about_file(error) or text
+        return about_file(error) or str(error)
     return ''
 
 
@@ -367,14 +367,13 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
     """Raise UserError if /dev/shm is too small for the batches that this machine's workers prepare: two each,
     and in each process one that is handed over and one in use."""
     if workers and os.path.exists('/dev/shm'):  # macOS has none
-        needed = (2 * workers + 2) * batch_bytes * int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
-        free = shutil.disk_usage('/dev/shm').free
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+        needed, free = (2 * workers + 2) * batch_bytes * processes, shutil.disk_usage('/dev/shm').free
         if free < needed:
-            size = max(8, -(-needed // 2**30))
             raise UserError(
-                f'/dev/shm has {free >> 20} MB free, but the batches of {workers} loader workers take '
-                f'{needed >> 20} MB: lower --workers, or give the container more: docker run '
-                f'--shm-size={size}g'
+                f'/dev/shm has {free >> 20} MB free, the batches of {processes} x {workers} loader workers '
+                f'take {needed >> 20} MB: lower --workers, or give a container more of it: docker run '
+                f'--shm-size={max(8, math.ceil(needed / 2**30))}g'
             )
 
 

@@ -1,19 +1,23 @@
-"""What machines do to a run: little shared memory, signals, closed terminals, a file that hangs or crashes, a
-broken TensorBoard, another operating system. The run says it in a line, and nothing is lost."""
+"""What machines do to a run: little shared memory, others that do not come, signals, closed terminals, files
+that crash or hang, no compiler, a full disk. The run says it in a line, and nothing is lost."""
 
+import json
 import os
 import pty
-import re
-import shutil
 import signal
+import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Forked, processes_of, run, wait_for
+from conftest import SMALL, Forked, processes_of, run, wait_for
 
 import data
+from runtime import distributed
+from runtime.guard import Guard
+from runtime.log import Log
 
 OPTIONS = f'{SMALL} --epochs 1 --videos-per-gpu 2 --images-per-gpu 2 --log-interval 1 --no-validate'
 
@@ -48,108 +52,204 @@ def saved_step(folder):
     return torch.load(folder / 'latest.pth', weights_only=True)['step']
 
 
-# What a machine refuses -----------------------------------------------------------------------------------
+# What a machine lacks -------------------------------------------------------------------------------------
 
 SHM = """
 import ctypes, subprocess
 assert not ctypes.CDLL(None).unshare(0x20000)  # of mounts
-subprocess.run('mount --make-rprivate /; mount -t tmpfs -o {} none /dev/shm', shell=True, check=True)
+subprocess.run('mount --make-rprivate /; mount -t tmpfs -o size=100k none /dev/shm', shell=True, check=True)
 """
-LONG = f"""
-import tempfile
-tempfile.tempdir = '/tmp/{'x' * 76}'
-os.makedirs(tempfile.tempdir, exist_ok=True)
-"""
-FILES = 'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))'
+
+
+@pytest.mark.parametrize(('program', 'ranks'), [('train', 1), ('train', 2), ('evaluate', 1)])
+def test_shared_memory_that_is_too_small_is_said_in_a_line(trained, program, ranks):
+    if subprocess.run('unshare -m mount -t tmpfs none /mnt'.split()).returncode:
+        pytest.skip('needs root')
+    line = f'train {OPTIONS} --work-dir refused{ranks} --workers 2'
+    line = line if program == 'train' else 'evaluate --ckpt trained/latest.pth --workers 2'
+    [line] = run(after(SHM, line), trained, expect=1, ranks=ranks).stderr.splitlines()
+    assert line.startswith(f'{program}.py: /dev/shm has 0 MB free') and '--shm-size=8g' in line
+
+
+def test_shared_memory_counts_the_batches_of_all_processes_of_a_machine(monkeypatch):
+    """16 workers of the recipe's batch hold 34 batches of 32 MB in each process."""
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    disk = SimpleNamespace(free=8 * 34 * 32 * 10**6)
+    monkeypatch.setattr(distributed.shutil, 'disk_usage', lambda path: disk)
+    distributed.check_shared_memory(32 * 10**6, 16)
+    distributed.check_shared_memory(10**12, 0)
+    with pytest.raises(distributed.UserError, match='8300 MB free, .* 8 x 16 .* 8560 MB: .*=9g'):
+        distributed.check_shared_memory(33 * 10**6, 16)
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_first_step(demo):
+    code = 'import torch._inductor.config as c; c.cpp.cxx = (None, "no-such-compiler")'
+    line = f'train {OPTIONS} --work-dir uncompiled --workers 0 --compile'
+    *_, line = run(after(code, line), demo, expect=1).stderr.splitlines()
+    assert line.startswith('train.py: --compile does not work on this machine') and 'no-such-compiler' in line
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+    def write(text):
+        raise OSError(28, 'No space left on device')
+
+    log = Log(str(tmp_path), torch.device('cpu'))
+    log.file = SimpleNamespace(write=write)
+    with pytest.raises(OSError, match=r'log.jsonl cannot be written \(No space left on device, \d+ MB are'):
+        log.write({'step': 1}, 'train')
+
+
+@pytest.mark.parametrize('fault', ['raise KeyError("a bug")', 'raise RuntimeError("a bug")'])
+def test_a_bug_in_a_worker_shows_its_traceback(demo, fault):
+    code = f'def collate(samples):\n    {fault}\ntrain.data.collate = collate'
+    result = run(after(code, f'train {OPTIONS} --work-dir bug --workers 1'), demo, expect=1)
+    assert 'Traceback' in result.stderr and 'a bug' in result.stderr
 
 
 @pytest.mark.parametrize(
-    ('limit', 'program', 'ranks', 'expected'),
-    [
-        (SHM.format('size=100k'), 'train', 1, '--shm-size=8g'),
-        (SHM.format('size=100k'), 'train', 2, '--shm-size=8g'),
-        (SHM.format('size=1m'), 'evaluate', 1, '--shm-size=8g'),
-        (SHM.format('ro'), 'train', 1, '--shm-size=8g'),
-        (LONG, 'train', 1, 'TMPDIR=/tmp'),
-        (LONG, 'evaluate', 1, 'TMPDIR=/tmp'),
-        *[(FILES.format(count), 'train', 1, 'ulimit -n') for count in (16, 20, 26)],
-    ],
+    ('name', 'number', 'ranks'), [('SIGSEGV', 1, 1), ('SIGKILL', 9, 1), ('SIGBUS', 3, 2)]
 )
-def test_what_keeps_workers_from_handing_over_is_said_in_a_line(trained, limit, program, ranks, expected):
-    if 'unshare' in limit and subprocess.run('unshare -m mount -t tmpfs none /mnt'.split()).returncode:
-        pytest.skip('needs root')
-    line = f'train {OPTIONS} --work-dir refused{len(os.listdir(trained))} --workers 2'
-    line = line if program == 'train' else 'evaluate --ckpt trained/latest.pth --workers 2'
-    lines = run(after(limit, line), trained, expect=1, ranks=ranks).stderr.splitlines()
-    assert expected in lines[0] and all(line.startswith(f'{program}.py: ') for line in lines), lines
-    assert len(lines) <= ranks
-
-
-@pytest.mark.parametrize('fault', ['raise KeyError("a bug")', 'return lambda: 0'])
-def test_a_bug_in_a_worker_shows_its_traceback(demo, fault):
-    code = f'def collate(samples):\n    {fault}  # a bug\ntrain.data.collate = collate'
-    result = run(after(code, f'train {OPTIONS} --work-dir bug --workers 1'), demo, expect=1)
-    assert 'Traceback' in result.stderr and ('collate' in result.stderr or 'a bug' in result.stderr)
-
-
-@pytest.mark.parametrize(('name', 'number'), [('SIGSEGV', 1), ('SIGKILL', 9)])
-def test_a_file_that_crashes_its_worker(demo, name, number):
+def test_a_file_that_crashes_its_worker(demo, name, number, ranks):
     code = f"""
 calls, crop_box = [], train.data.crop_box
 def crashing(*arguments):
     calls.append(arguments)
-    return crop_box(*arguments) if len(calls) < {number} else os.kill(os.getpid(), signal.{name})
+    crash = len(calls) >= {number} and os.environ.get('RANK', '0') == '0'
+    return os.kill(os.getpid(), signal.{name}) if crash else crop_box(*arguments)
 train.data.crop_box = crashing
 """
-    result = run(after(code, f'train {OPTIONS} --work-dir crash --workers 2'), demo, expect=1)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith('train.py: a loader worker has died or hangs'), lines
-    assert '`prepare.py check`' in lines[0] and 'DataLoader worker' in lines[0]
+    result = run(after(code, f'train {OPTIONS} --work-dir crash --workers 2'), demo, expect=1, ranks=ranks)
+    lines = sorted(result.stderr.splitlines())
+    assert len(lines) == ranks and lines[0].startswith('train.py: a loader worker has died or hangs'), lines
+    assert '`prepare.py check`' in lines[0]
+    assert all(line.startswith('train.py: a process of the run has died or hangs') for line in lines[1:])
+
+
+# Others that do not come ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_process_that_waits_says_for_how_many_and_where(demo, rank):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    env = {'RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    forked = Forked('evaluate.py --ckpt none.pth', demo, **env)
+    line = (
+        f'evaluate.py: rank {rank} waits for 1 of 2 processes at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT)'
+    )
+    wait_for(lambda: forked.out.exists() and forked.out.read_text() == f'{line}\n')
+    other = Forked('evaluate.py --ckpt none.pth', demo, **{**env, 'RANK': str(1 - rank)})
+    assert (forked.wait(), other.wait()) == (1, 1)
+    assert forked.out.read_text() == f'{line}\n' and not other.out.read_text()
+    assert 'evaluate.py: none.pth: No such file' in forked.err.read_text() + other.err.read_text()
+
+
+@pytest.mark.parametrize(
+    ('env', 'expected'),
+    [
+        ({'RANK': '0'}, "('WORLD_SIZE'), which torchrun sets; without torchrun: unset RANK WORLD_SIZE"),
+        ({'WORLD_SIZE': '2'}, "('RANK')"),
+        ({'RANK': '0', 'WORLD_SIZE': ''}, 'unset RANK WORLD_SIZE'),
+        ({'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': 'x'}, 'MASTER_PORT'),
+        ({'RANK': '2', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29655'}, 'are 0 to 1'),
+        ({'SLURM_NTASKS': '2', 'SLURM_PROCID': '1'}, 'start one torchrun per node'),
+        ({'SLURM_STEP_NUM_TASKS': '4', 'SLURM_NTASKS': '8'}, 'unset SLURM_STEP_NUM_TASKS'),
+        ({'OMPI_COMM_WORLD_SIZE': '2'}, 'only under torchrun'),
+    ],
+)
+def test_variables_of_launchers_that_do_not_fit(demo, env, expected):
+    for program in ('train.py --demo', 'evaluate.py --ckpt none.pth'):
+        [line] = run(program, demo, expect=1, **env).stderr.splitlines()
+        assert line.startswith(program.split()[0]) and expected in line
+    [line] = run(
+        'evaluate.py --ckpt none.pth', demo, 1, SLURM_STEP_NUM_TASKS='1', SLURM_NTASKS='8'
+    ).stderr.splitlines()
+    assert 'none.pth' in line
+
+
+def test_a_port_that_is_in_use_is_named(demo):
+    with socket.create_server(('', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        env = {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        result = run('train.py --demo', demo, expect=1, **env)
+    line = result.stderr.splitlines()[-1]
+    assert 'address already in use' in line and f'MASTER_PORT {port}: try another one' in line
+
+
+# Bad samples ----------------------------------------------------------------------------------------------
+
+
+def test_counts_are_true_and_a_name_takes_one_line(tmp_path):
+    """Two samples of each batch are there after two tries that failed."""
+    guard = Guard(tmp_path, 10, 0.01)
+    bad = ['a\nb.mp4: broken', 'c.mp4: it\rsays so']
+    batch = {'video': data.Batch(torch.zeros(2), torch.zeros(2), ['d.mp4', 'e.mp4'], bad)}
+    for _ in range(10):
+        assert guard.ask([batch], 0) == (False, 0)
+    with pytest.raises(
+        distributed.UserError, match='22 of the 44 samples drawn in this epoch are unreadable'
+    ):
+        guard.ask([batch], 0)
+    guard.close()
+    text = (tmp_path / 'bad_samples.txt').read_text()
+    assert text == 'a\\nb.mp4: broken\nc.mp4: it\\rsays so\n'
+    again = Guard(tmp_path, 10, 0.01)
+    again.ask([batch], 1)
+    again.close()
+    assert (tmp_path / 'bad_samples.txt').read_text() == text and again.unreadable == 2
+
+
+def test_the_log_takes_what_a_step_returns(tmp_path):
+    """A loss without a top-1, and one that not every step has."""
+    log = Log(str(tmp_path), torch.device('cpu'))
+    log.open_board = lambda step: None
+    log.begin(0, 1, 0, 2)
+    for step, extra in enumerate([{}, {'distill_loss': torch.tensor(3.0)}]):
+        log.add([], [{'video_loss': torch.tensor(2.0 * step), **extra}], torch.tensor(1.0))
+    log.line(0.1, 0)
+    record = json.loads((tmp_path / 'log.jsonl').read_text())
+    assert (record['video_loss'], record['distill_loss'], record['loss']) == (1.0, 3.0, 4.0)
 
 
 # Signals --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ('ranks', 'workers', 'signum'),
-    [(1, 0, signal.SIGTERM), (1, 1, signal.SIGHUP), (1, 1, signal.SIGINT), (2, 1, signal.SIGTERM)],
-)
-def test_a_stop_signal_ends_the_wait_for_a_disk_that_hangs(demo, ranks, workers, signum):
-    folder, images = f'hangs{ranks}{workers}{signum}', demo / 'data/demo/images_train'
-    names = sorted(path.name for path in images.iterdir())[:8]
-    keys = data.JointSampler({'video': 16, 'image': 8}, {'video': 2, 'image': 2}, ranks).batch(1, 0)
-    hanging = next(index for source, _, index in keys if source == 'image')  # in the second step
-    names[hanging] = f'{folder}.jpg'
-    os.mkfifo(images / names[hanging])  # which nobody writes to: opening it waits forever
-    lines = [f'{name} {number % 4}' for number, name in enumerate(names)]
-    (demo / f'{folder}.list').write_text('\n'.join(lines))
-    line = f'train.py {OPTIONS} --work-dir {folder} --workers {workers} --image-list {folder}.list --resume'
-    forked = Forked(line, demo, ranks)
-    wait_for(lambda: steps(demo / folder) == 1, 100)
-    time.sleep(0.5)
-    forked.kill(signum)
-    assert forked.wait() == 128 + signum
-    output = forked.out.read_text() + forked.err.read_text()
-    assert f'stopped by {signum.name} and saved' in output and 'dataloader.py' not in output
-    assert saved_step(demo / folder) == 1 and not (demo / folder / 'bad_samples.txt').read_text()
-    (images / names[hanging]).unlink()
-    shutil.copy(images / names[hanging - 1], images / names[hanging])
-    run(line, demo, ranks=ranks)
-    (images / names[hanging]).unlink()
+def test_a_second_signal_ends_the_wait_for_a_disk_that_hangs(demo):
+    code = """
+import time
+calls, opened = [], train.data.open_image
+def hangs(path):
+    calls.append(path)
+    return opened(path) if len(calls) < 3 else time.sleep(1000)  # from the second step on
+train.data.open_image = hangs
+"""
+    forked = Forked(after(code, f'train {OPTIONS} --work-dir hang --workers 1'), demo)
+    wait_for(lambda: steps(demo / 'hang') == 1, 100)
+    for _ in range(2):
+        forked.kill(signal.SIGTERM)
+        time.sleep(1)
+    assert forked.poll() is None and 'another after 5 seconds ends it now' in forked.err.read_text()
+    time.sleep(4.5)
+    forked.kill(signal.SIGTERM)
+    assert forked.wait(20) == -signal.SIGTERM
 
 
-def test_a_signal_to_a_launcher_and_its_ranks_saves(demo):
-    folder = demo / 'launched'
-    line = f'torchrun --nproc_per_node=2 train.py {OPTIONS} --work-dir launched --workers 1 --epochs 99'
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_launcher_and_its_ranks_saves(demo, signum):
+    """SIGUSR1, a scheduler's warning, ends torchrun; its ranks save."""
+    folder = demo / f'launched{signum}'
+    line = f'torchrun --nproc_per_node=2 train.py {OPTIONS} --work-dir {folder.name} --workers 1 --epochs 999'
     forked = Forked(line, demo)
     wait_for(lambda: steps(folder) > 3, 100)
     ranks_and_workers = processes_of(folder)
     assert len(ranks_and_workers) == 4
     for pid in ranks_and_workers:
-        os.kill(pid, signal.SIGTERM)
-    forked.kill(signal.SIGTERM)  # torchrun sends it to its ranks once more
+        os.kill(pid, signum)
+    forked.kill(signum)  # torchrun sends SIGTERM to its ranks once more
     forked.wait()
-    assert 'stopped by SIGTERM and saved' in forked.out.read_text()
+    wait_for(lambda: not processes_of(folder))
+    assert f'stopped by {signum.name} and saved' in forked.out.read_text()
     assert saved_step(folder) == steps(folder)
 
 
@@ -180,99 +280,3 @@ def test_a_terminal_that_is_lost_without_a_signal_ends_nothing(in_terminal):
     """As with nohup, or in a tmux that was killed."""
     code = 'signal.signal(signal.SIGHUP, signal.SIG_IGN)\ntrain.distributed.STOP_SIGNALS.clear()'
     assert in_terminal(code, f'train {OPTIONS} --work-dir lost') == (0, 8, 8)
-
-
-# What stands about on a machine ---------------------------------------------------------------------------
-
-BOARD = """
-class SummaryWriter:
-    def __init__(self, *args, **kwargs):
-        self.left = {left}
-    def add_scalar(self, *args):
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(28, "No space left on device")
-    def close(self):
-        self.add_scalar()
-"""
-
-
-@pytest.mark.parametrize(
-    ('code', 'line'),
-    [
-        ('raise TypeError("Descriptors cannot be created.\\nIf this call")', 'Descriptors cannot be created'),
-        ('import nowhere', "No module named 'nowhere'"),
-        ('raise AttributeError("no attribute bool8")', 'no attribute bool8'),
-        (BOARD.format(left=20), 'No space left on device'),
-        (BOARD.format(left=8 * 14), 'No space left on device'),
-        ('raise ModuleNotFoundError(name="tensorboard")', None),
-    ],
-)
-def test_a_tensorboard_that_fails_turns_itself_off(demo, tmp_path, code, line):
-    (tmp_path / 'board.py').write_text(code)
-    finder = f"""
-import importlib.util
-class Finder:
-    def find_spec(self, name, path, target=None):
-        if name == 'torch.utils.tensorboard':
-            return importlib.util.spec_from_file_location(name, {str(tmp_path / 'board.py')!r})
-sys.meta_path.insert(0, Finder())
-"""
-    result = run(after(finder, f'train {OPTIONS} --work-dir {tmp_path}/run --workers 0'), demo)
-    shown = re.findall('no more TensorBoard events: (.*)', result.stdout)
-    assert shown == [] if line is None else len(shown) == 1 and shown[0].startswith(line)
-    assert not result.stderr and steps(tmp_path / 'run') == 8
-
-
-@pytest.mark.parametrize(
-    ('env', 'names'),
-    [
-        ({'RANK': '0'}, 'RANK'),
-        ({'WORLD_SIZE': '2'}, 'WORLD_SIZE'),
-        ({'LOCAL_RANK': '1'}, 'LOCAL_RANK'),
-        ({'RANK': '0', 'WORLD_SIZE': ''}, 'RANK WORLD_SIZE'),
-        ({'RANK': '0', 'WORLD_SIZE': '1'}, 'RANK WORLD_SIZE'),
-        ({'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': 'x'}, 'RANK WORLD_SIZE'),
-    ],
-)
-def test_variables_of_torchrun_that_are_left_over(demo, env, names):
-    for program in ('train.py --demo', 'evaluate.py --ckpt none.pth'):
-        (line,) = run(program, demo, expect=1, **env).stderr.splitlines()
-        assert line.endswith(f'unset {names}')
-
-
-# Other systems --------------------------------------------------------------------------------------------
-
-WINDOWS = """
-import multiprocessing.context, multiprocessing.resource_tracker, os, signal, sys
-sys.modules['fcntl'] = sys.modules['resource'] = None
-for name in ('SIGHUP', 'SIGPIPE', 'SIGCHLD', 'pthread_sigmask'):
-    delattr(signal, name)
-multiprocessing.resource_tracker._HAVE_SIGMASK = False
-del os.fork, os.sched_getaffinity
-multiprocessing.get_all_start_methods = lambda: ['spawn']
-multiprocessing.set_start_method('spawn', force=True)
-for name in ('fork', 'forkserver'):
-    del multiprocessing.context._concrete_contexts[name]
-opened = os.open
-def os_open(path, *args, **kwargs):
-    if os.path.isdir(path):
-        raise PermissionError(13, 'Permission denied', path)
-    return opened(path, *args, **kwargs)
-os.open = os_open
-"""
-
-
-def test_without_what_windows_and_macos_lack(trained, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text(WINDOWS)  # for what is spawned
-    code = f"""
-import torch.utils.data
-torch.utils.data._utils.signal_handling.IS_WINDOWS = True  # which asks sys.platform
-{WINDOWS}
-import evaluate, flops, prepare, train
-train.main('{OPTIONS} --work-dir spawned --workers 1'.split())
-evaluate.main('--ckpt spawned/latest.pth --workers 1 --clips 1 --crops 1'.split())
-prepare.main('check data/demo/videos_val/dots_falling_000.mp4'.split())
-"""
-    result = run(['-c', code], trained, PYTHONPATH=f'{tmp_path}:{ROOT}')
-    assert not result.stderr and 'nan' not in result.stdout and '16 videos' in result.stdout
