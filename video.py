@@ -111,9 +111,18 @@ class VideoReader:
         """Yield (number, frame) for all frames from the start, in presentation order, as PyAV gives them."""
         container, stream = open_video(self.path)  # not every container can seek back to its start
         try:
-            for number, frame in enumerate(container.decode(stream)):
-                self._compare(frame)
-                yield number, frame
+            number = 0
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    if not packet.is_corrupt:  # as the last one of a file that is cut off
+                        raise
+                    continue
+                for frame in frames:
+                    self._compare(frame)
+                    yield number, frame
+                    number += 1
         finally:
             del stream  # see __exit__
             container.close()
@@ -294,19 +303,30 @@ def _index(container: av.container.InputContainer, stream: av.VideoStream, codec
             packets.append(packet)
     require(min(start, default=-1) >= 0 and len(set(pts)) == len(pts))
     place = sorted(shown, key=pts.__getitem__)
-    _check_order([order[each] for each in shown], [order[each] for each in place], codec)
+    _check_order([order[each] for each in shown], [order[each] for each in place], codec.can_wait)
+    if isinstance(codec, Hevc):
+        _check_none_lost([pts[each] for each in place], [order[each] for each in place])
     number = {pts[each]: number for number, each in enumerate(place)}
     skip = 'NONREF' if codec.can_skip else 'DEFAULT'
     return Index(pts, seek, np.array(start), np.array(place), number, skip, packets)
 
 
-def _check_order(decoded: list[tuple], shown: list[tuple], codec) -> None:
+def _check_order(decoded: list[tuple], shown: list[tuple], can_wait: int) -> None:
     """Compare the order of the times (`shown`) with what pictures say themselves, by which a decoder goes."""
     require(all(earlier < later for earlier, later in pairwise(shown)))
     seen = []
     for order in decoded:  # libavcodec drops some if more have to wait than it knows
         at = bisect(seen, order)
-        require(len(seen) - at <= codec.can_wait)
+        require(len(seen) - at <= can_wait)
         seen.insert(at, order)
-    if isinstance(codec, Hevc):  # it leaves out what refers to a lost picture
-        require(len({b[1] - a[1] for a, b in pairwise(shown) if a[0] == b[0]}) <= 1)
+
+
+def _check_none_lost(times: list[int], shown: list[tuple]) -> None:
+    """For HEVC: libavcodec leaves out what refers to a lost picture. Within a sequence counts grow evenly."""
+    steps, counts = np.diff(times), set()
+    for (a, b), step in zip(pairwise(shown), steps):
+        if a[0] == b[0]:
+            counts.add(b[1] - a[1])
+        else:
+            require(step < 1.5 * np.median(steps))
+    require(len(counts) <= 1)
