@@ -173,42 +173,45 @@ def encode_image(source: str, target: str, short_side: int) -> None:
 
 
 def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) -> None:
-    """Write an MP4 of H.264: upright, a key frame every `gop` frames, 8 bits in 4:2:0, BT.709, without sound;
-    frame by frame the same video, at the same times, in the same colours.
+    """Write an MP4 of H.264: upright, a key frame every `gop` frames, 8 bits of BT.709 in 4:2:0 (4:2:2 if
+    interlaced), without sound; frame by frame the same video, at the same times, in the same colours.
 
     Of many settings tried, these decode fastest for their size at equal PSNR: no B-frames and, through
-    `fastdecode`, neither CABAC nor deblocking.
+    `fastdecode`, neither CABAC nor deblocking. With `mbtree`, libx264 reads memory that it never wrote (in
+    AVX-512 code), and the same video would not give the same copy.
     """
     options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
     options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0:mbtree=0'
     with VideoReader(source) as video:
         check_whole(video)
-        order = np.arange(len(video))
-        times = video.times(order)
+        times, order = video.times(range(len(video))), np.arange(len(video))
         # MP4 counts from frame to frame in 32 bits: 6 hours of the usual clock, or longer ones of a slower.
-        clock = int(min(90_000, 2**31 / max(np.diff(times), default=1)))
+        clock = int(min(90_000, 2**31 / np.diff(times).max(initial=1)))
         ticks = np.maximum.accumulate(np.round(times * clock) - order) + order  # no two are equal
+        # In interlaced video every other line is of another moment, and needs colours of its own.
+        interlaced = next(video.decode())[1].interlaced_frame
         with av.open(local(target), 'w', 'mp4', options={'video_track_timescale': str(clock)}) as container:
             stream = container.add_stream('libx264', video.stream.average_rate or 30, options)
             codec, reformatter = stream.codec_context, VideoReformatter()
-            codec.time_base = Fraction(1, clock)
-            for (number, pixels), tick in zip(video.frames(order), ticks.astype(int).tolist()):
+            codec.pix_fmt, codec.time_base = 'yuv422p' if interlaced else 'yuv420p', Fraction(1, clock)
+            # BT.709 in all three numberings. Readers that are not told assume BT.601.
+            codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
+            codec.color_range = ColorRange.MPEG
+            for number, pixels in video.frames(order):
                 if number == 0:
                     side = min(short_side, *pixels.shape[:2])
                     sides = data.short_side_to(side, *pixels.shape[:2])
-                    codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # even, for 4:2:0
-                    # BT.709 in all three numberings. Readers that are not told assume BT.601.
-                    codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
-                    codec.color_range = ColorRange.MPEG
+                    codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # colours need even
+                # FFmpeg's way from YUV to RGB rounds down, by one level on average, when the copy is read.
                 frame = reformatter.reformat(
-                    av.VideoFrame.from_ndarray(pixels, 'rgb24'),
-                    *(codec.width, codec.height, 'yuv420p'),
+                    av.VideoFrame.from_ndarray(pixels + (pixels < 255), 'rgb24'),
+                    *(codec.width, codec.height, codec.pix_fmt),
                     dst_colorspace=codec.colorspace,
                     dst_color_range=codec.color_range,
                     interpolation='BICUBIC',
                     threads=1,
                 )
-                frame.pts, frame.time_base = tick, codec.time_base
+                frame.pts, frame.time_base = int(ticks[number]), codec.time_base
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
 
@@ -310,7 +313,7 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
         frames.append(np.clip(back + slope + (front - back) * cover + texture, 0, 255).astype(np.uint8))
     if not motion:
         return Image.fromarray(frames[0]).save(path, quality=90)
-    options = {'crf': '20', 'g': '24', 'preset': 'veryfast', 'threads': '1'}
+    options = {'crf': '20', 'g': '24', 'preset': 'veryfast', 'threads': '1', 'x264-params': 'mbtree=0'}
     with av.open(str(path), 'w') as container:
         stream = container.add_stream('libx264', 30, options, width=width, height=height)
         for frame in [*(av.VideoFrame.from_ndarray(pixels, 'rgb24') for pixels in frames), None]:
