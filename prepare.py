@@ -62,40 +62,34 @@ def files_of(folder: str) -> list[str]:
     return paths
 
 
-def check_file(path: str, as_image: bool | None = None) -> None:
-    """Read a file as training and evaluation do, then all of it. `as_image` None lets its ending decide. A
-    damaged file can raise any Exception."""
-    if as_image is None:
-        as_image = sources.is_image(path)
+def check_file(path: str, as_image: bool) -> None:
+    """Read a file as training and evaluation do, then all of it. A damaged file can raise any Exception."""
     kind = data.ImageDataset if as_image else data.VideoDataset
     kind(None).load(path, data.generator('check'))  # decodes a large JPEG at half its size or less
     kind(None, 'val').load(path, None)  # resizes whole frames
     if not as_image:
+        check_whole(path)
         with VideoReader(path) as video:
-            check_whole(video)
             for _ in video.frames(range(len(video))):
                 pass
 
 
-def check_whole(video: VideoReader) -> None:
-    """Raise ValueError if a part of an MP4 or AVI file would end after the file itself: its end is lost."""
-    is_avi, size, start = video.stream.container.format.name == 'avi', os.path.getsize(video.path), 0
-    if not is_avi and 'mp4' not in video.stream.container.format.name:
-        return
-    with open(video.path, 'rb') as file:
+def check_whole(path: str) -> None:
+    """Raise ValueError if an MP4 or AVI file ends before one of its parts does: its end is lost."""
+    size, start = os.path.getsize(path), 0
+    with open(path, 'rb') as file:
         while start < size:
             file.seek(start)
             head = file.read(16)
-            if is_avi:
-                kind, length = head[:4], int.from_bytes(head[4:8], 'little') + 8
-            else:
-                kind, length = head[4:8], int.from_bytes(head[:4], 'big')
-                if length == 1:  # the length follows in 64 bits
-                    length = int.from_bytes(head[8:], 'big')
+            name, length = head[4:8], int.from_bytes(head[:4], 'big')
+            if length == 1:  # it follows, in 64 bits
+                length = int.from_bytes(head[8:], 'big')
+            if head[:4] == b'RIFF':  # AVI
+                name, length = b'RIFF', int.from_bytes(head[4:8], 'little') + 8
             start += length
-            if kind in (b'RIFF', b'mdat', b'moov', b'moof') and start > size + 8:  # some count these 8 twice
+            if name in (b'RIFF', b'mdat', b'moov', b'moof') and start > size + 8:  # some count the 8 twice
                 raise ValueError(f'cut off: {size:,} of at least {start:,} bytes are there')
-            if length < 8:  # 0: to the end of the file, whatever it is
+            if length < 8:  # 0: it goes on to the end
                 return
 
 
@@ -155,7 +149,7 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
             small = min(codec.width, codec.height) <= short_side
             small = small and codec.name == 'h264' and video.group <= gop
     if small:
-        check_file(source)
+        check_file(source, as_image)
         shutil.copyfile(source, part)
     elif as_image:
         encode_image(source, part, short_side)
@@ -182,8 +176,8 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
     """
     options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
     options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0:mbtree=0'
+    check_whole(source)
     with VideoReader(source) as video:
-        check_whole(video)
         times, order = video.times(range(len(video))), np.arange(len(video))
         # MP4 counts from frame to frame in 32 bits: 6 hours of the usual clock, or longer ones of a slower.
         clock = int(min(90_000, 2**31 / np.diff(times).max(initial=1)))
@@ -205,7 +199,9 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
                 # FFmpeg's way from YUV to RGB rounds down, by one level on average, when the copy is read.
                 frame = reformatter.reformat(
                     av.VideoFrame.from_ndarray(pixels + (pixels < 255), 'rgb24'),
-                    *(codec.width, codec.height, codec.pix_fmt),
+                    width=codec.width,
+                    height=codec.height,
+                    format=codec.pix_fmt,
                     dst_colorspace=codec.colorspace,
                     dst_color_range=codec.color_range,
                     interpolation='BICUBIC',
