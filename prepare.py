@@ -19,7 +19,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
@@ -27,7 +26,7 @@ import data
 from runtime import sources
 from runtime.command import Parser, draw_rows, in_parallel, number
 from runtime.distributed import about_file, locked, open_outputs, say
-from video import VideoReader, local, open_video, turn, upright
+from video import VideoReader, local
 
 # check: what training and evaluation cannot read ----------------------------------------------------------
 
@@ -35,72 +34,63 @@ from video import VideoReader, local, open_video, turn, upright
 def check(source: str, root: str = '') -> tuple[int, list[str]]:
     """Read one file, or every file of a list or folder, to the end, as training and evaluation do.
 
-    A list counts as one of videos if a fifth of it are videos, else of images; without a list, each file's
-    content decides. Prints the classes without a readable file. Returns the number of files and `path:
-    reason` for each bad one.
+    A file's ending tells an image from a video. A list counts as one of what most of its files are. Returns
+    the number of files and `path: reason` for each bad one. Raises OSError or ValueError if there are none.
     """
-    as_image, kind, names, files = None, 'files', None, None
     if os.path.isdir(source):
-        paths = sources.files_below(source, sources.VIDEO_ENDINGS + sources.image_endings())
-        if not paths:
-            raise ValueError(f'{source}: no videos or images below it')
-        names, labels = np.unique([os.path.dirname(path) for path in paths], return_inverse=True)
-        names, files = names.tolist(), data.FileList(np.array([*map(os.fsencode, paths)]), labels)
-    elif (
-        source.lower().endswith(sources.VIDEO_ENDINGS + sources.image_endings())
-        or sources.is_image(source)
-        or not is_text(source)
-    ):
-        paths = [source]
+        jobs = [(path, sources.is_image(path)) for path in files_of(source)]
+    elif source.lower().endswith(sources.VIDEO_ENDINGS + sources.image_endings()):
+        jobs = [(source, sources.is_image(source))]
     else:
         files = sources.read_list(source, root, videos=True)
-        sources.check_there(files, source, '--root')
         paths = [files.path(index) for index in range(len(files))]
-        as_image = np.mean([sources.is_image(path) for path in paths[:: len(paths) // 100 + 1]]) > 0.8
-        kind = 'images' if as_image else 'videos'
-    jobs = dict.fromkeys((path, as_image) for path in paths)
-    bad = {path: reason for (path, _), reason in in_parallel(check_file, [*jobs], 'checking') if reason}
-    return len(jobs), sorted(f'{path}: {reason}' for path, reason in bad.items())
+        as_image = sum(map(sources.is_image, paths)) > len(paths) / 2
+        if as_image:
+            files = sources.read_list(source, root)
+        sources.check_there(files, source, '--root')
+        jobs = [(files.path(index), as_image) for index in range(len(files))]
+    jobs = [*dict.fromkeys(jobs)]  # a list may name a file twice
+    bad = [f'{path}: {reason}' for (path, _), reason in in_parallel(check_file, jobs, 'checking') if reason]
+    return len(jobs), sorted(bad)
 
 
-def is_text(path: str) -> bool:
-    """Whether a file can be a list, as far as its first line tells."""
-    with contextlib.suppress(ValueError):
-        return next(sources.read_lines(path), True) is not None
-    return False
+def files_of(folder: str) -> list[str]:
+    """The videos and images below a folder. Raises ValueError if there are none."""
+    paths = sources.files_below(folder, sources.VIDEO_ENDINGS + sources.image_endings())
+    if not paths:
+        raise ValueError(f'{folder}: no videos or images below it')
+    return paths
 
 
-def check_file(path: str, as_image: bool | None = None) -> None:
-    """Read a file as training and evaluation do, then all of it. `as_image` None lets its content decide. A
-    damaged file can raise any Exception."""
-    as_image = sources.is_image(path) if as_image is None else as_image
+def check_file(path: str, as_image: bool) -> None:
+    """Read a file as training and evaluation do, then all of it. A damaged file can raise any Exception."""
     kind = data.ImageDataset if as_image else data.VideoDataset
     kind(None).load(path, data.generator('check'))  # decodes a large JPEG at half its size or less
     kind(None, 'val').load(path, None)  # resizes whole frames
     if not as_image:
+        check_whole(path)
         with VideoReader(path) as video:
-            check_end(video)
             for _ in video.frames(range(len(video))):
                 pass
 
 
-def check_end(video: VideoReader) -> None:
-    """Raise ValueError if the header shows that a file has lost its end. It is trusted only if much is
-    missing: counts may be off by a few frames, and the length, which is all that Matroska and WebM have,
-    includes the sound and a long last frame."""
-    packets, last = 0, 0.0
-    container, stream = open_video(video.path, ignore_editlist='1')  # count what it hides in MP4
-    with container:
-        for packet in container.demux(stream):
-            packets += bool(packet.size)  # the last one is empty
-            last = max(last, float((packet.pts or 0) * stream.time_base))
-        duration = (container.duration or 0) / av.time_base
-        count, length = stream.frames, float(stream.frames / (stream.average_rate or 30))
-    end = last * packets / max(packets - 1, 1)  # of the last frame
-    if packets < 0.9 * count and end < 0.9 * length:  # in time too, because AVI counts dropped frames
-        raise ValueError(f'only {packets} of {count} frames are there')
-    if not count and last < duration / 2 - 1:
-        raise ValueError(f'ends after {last:.1f} of {duration:.1f} seconds')
+def check_whole(path: str) -> None:
+    """Raise ValueError if an MP4 or AVI file ends before one of its parts does: its end is lost."""
+    size, start = os.path.getsize(path), 0
+    with open(path, 'rb') as file:
+        while start < size:
+            file.seek(start)
+            head = file.read(16)
+            name, length = head[4:8], int.from_bytes(head[:4], 'big')
+            if length == 1:  # it follows, in 64 bits
+                length = int.from_bytes(head[8:], 'big')
+            if head[:4] == b'RIFF':  # AVI
+                name, length = b'RIFF', int.from_bytes(head[4:8], 'little') + 8
+            start += length
+            if name in (b'RIFF', b'mdat', b'moov', b'moof') and start > size + 8:  # some count the 8 twice
+                raise ValueError(f'cut off: {size:,} of at least {start:,} bytes are there')
+            if length < 8:  # 0: it goes on to the end
+                return
 
 
 # encode: the same files, smaller and quick to decode -----------------------------------------------------
@@ -117,13 +107,12 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
         raise ValueError(f'{source}: not a folder; encode takes a folder of videos or images')
     if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}')
-    paths = sources.files_below(source, sources.VIDEO_ENDINGS + sources.image_endings())
-    if not paths:
-        raise ValueError(f'{source}: no videos or images below it')
+    paths = files_of(source)
     copies = [os.path.join(target, os.path.relpath(path, source)) for path in paths]
     for folder in {*map(os.path.dirname, copies), target}:
         os.makedirs(folder, exist_ok=True)
-    if there := sum(map(os.path.exists, copies)):
+    there = sum(map(os.path.exists, copies))
+    if there:
         say(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
     lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
     if not locked(lock):
@@ -133,7 +122,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
         with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
             bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
         done = [pair for pair in zip(paths, copies) if os.path.exists(pair[1])]
-        before, after = (sum(map(os.path.getsize, part)) / 1e6 for part in zip(*done)) if done else (0, 0)
+        before, after = (sum(os.path.getsize(pair[side]) for pair in done) / 1e6 for side in (0, 1))
         say(f'{target}: {len(done)} copies of {after:,.1f} MB, their originals have {before:,.1f} MB')
         return len(jobs), bad
     finally:
@@ -143,7 +132,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
     """Re-encode a video or image, its short side at most `short_side` (bicubic). A file already as small (a
-    video: H.264 with as many key frames) is copied; so is an animation that a list of images may name.
+    video: H.264 with as many key frames) is copied.
 
     A `target` that exists is finished, because it is written beside and renamed; it is left alone. Raises
     OSError if it cannot be written; a damaged source can raise any Exception.
@@ -153,13 +142,13 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     part, as_image = f'{target}.part', sources.is_image(source)
     if as_image:
         with data.open_image(source) as image:
-            keep = min(image.size) <= short_side or image.format == 'WEBP' and image.n_frames > 1
+            small = min(image.size) <= short_side
     else:
         with VideoReader(source) as video:
             codec = video.stream.codec_context
-            small = codec.name == 'h264' and min(codec.width, codec.height) <= short_side
-            keep = small and video.group <= gop
-    if keep or not as_image and source.lower().endswith(sources.image_endings()):
+            small = min(codec.width, codec.height) <= short_side
+            small = small and codec.name == 'h264' and video.group <= gop
+    if small:
         check_file(source, as_image)
         shutil.copyfile(source, part)
     elif as_image:
@@ -178,56 +167,49 @@ def encode_image(source: str, target: str, short_side: int) -> None:
 
 
 def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) -> None:
-    """Write an MP4 of H.264: upright, a key frame every `gop` frames, 8 bits in 4:2:0, without sound; frame
-    by frame the same video, at the same times, in the same colours.
+    """Write an MP4 of H.264: upright, a key frame every `gop` frames, 8 bits of BT.709 in 4:2:0 (4:2:2 if
+    interlaced), without sound; frame by frame the same video, at the same times, in the same colours.
 
     Of many settings tried, these decode fastest for their size at equal PSNR: no B-frames and, through
-    `fastdecode`, neither CABAC nor deblocking.
+    `fastdecode`, neither CABAC nor deblocking. With `mbtree`, libx264 reads memory that it never wrote (in
+    AVX-512 code), and the same video would not give the same copy.
     """
-    with VideoReader(source) as video, av.open(local(target), 'w', format='mp4') as container:
-        check_end(video)
-        options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
-        options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0'
-        stream = container.add_stream('libx264', video.stream.average_rate or 30, options)
-        codec, reformatter, number = stream.codec_context, VideoReformatter(), -1
-        codec.time_base = Fraction(1, 1_200_000)  # at the usual rates a frame lasts a whole number of these
-        order = np.arange(len(video))
-        times = np.maximum.accumulate(np.round(video.times(order) * 1_200_000) - order) + order  # all differ
-        for (number, frame), time in zip(video.decode(), times.astype(int).tolist()):
-            frame = upright_yuv(frame)
-            if not number:
-                side = min(short_side, frame.width, frame.height)
-                sides = data.short_side_to(side, frame.height, frame.width)
-                codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # even, for 4:2:0
-                # If these are unspecified, readers assume BT.601 and limited range.
-                codec.colorspace, codec.color_range = frame.colorspace, frame.color_range
-                codec.color_primaries, codec.color_trc = frame.color_primaries, frame.color_trc
-                size = codec.width, codec.height
-            frame = reformatter.reformat(
-                frame, *size, 'yuv420p', interpolation='BICUBIC', dst_color_range=codec.color_range, threads=1
-            )
-            frame.pts, frame.time_base = time, codec.time_base
-            frame.pict_type = PictureType.NONE  # else a former key frame would become one again
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-        if number + 1 < len(video):
-            raise ValueError(f'only {number + 1} of {len(video)} frames can be decoded')
-
-
-def upright_yuv(frame: av.VideoFrame) -> av.VideoFrame:
-    """A frame unchanged, unless it must be rotated or is not in YUV; then in 4:4:4, its colours tagged. It is
-    rotated in YUV, because going to RGB and back can cost three levels of 255."""
-    is_rgb = frame.format.is_rgb or frame.colorspace == 0  # the latter with a palette
-    if not is_rgb and not any(turn(frame)):
-        return frame
-    matrix, levels = (Colorspace.ITU601, ColorRange.MPEG) if is_rgb else (None, frame.color_range)
-    rgb = frame.reformat(format='rgb24') if is_rgb else frame
-    yuv = rgb.reformat(format='yuv444p', dst_colorspace=matrix, dst_color_range=levels)
-    planes = upright(yuv.to_ndarray().transpose(1, 2, 0), frame).transpose(2, 0, 1)  # (3, H, W)
-    turned = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), 'yuv444p')
-    turned.colorspace, turned.color_range = (yuv if is_rgb else frame).colorspace, yuv.color_range
-    turned.color_primaries, turned.color_trc = frame.color_primaries, frame.color_trc
-    return turned
+    options = {'crf': str(crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'threads': '1'}
+    options['x264-params'] = f'keyint={gop}:scenecut=0:bframes=0:mbtree=0'
+    check_whole(source)
+    with VideoReader(source) as video:
+        times, order = video.times(range(len(video))), np.arange(len(video))
+        # MP4 counts from frame to frame in 32 bits: 6 hours of the usual clock, or longer ones of a slower.
+        clock = int(min(90_000, 2**31 / np.diff(times).max(initial=1)))
+        ticks = np.maximum.accumulate(np.round(times * clock) - order) + order  # no two are equal
+        # In interlaced video every other line is of another moment, and needs colours of its own.
+        interlaced = next(video.decode())[1].interlaced_frame
+        with av.open(local(target), 'w', 'mp4', options={'video_track_timescale': str(clock)}) as container:
+            stream = container.add_stream('libx264', video.stream.average_rate or 30, options)
+            codec, reformatter = stream.codec_context, VideoReformatter()
+            codec.pix_fmt, codec.time_base = 'yuv422p' if interlaced else 'yuv420p', Fraction(1, clock)
+            # BT.709 in all three numberings. Readers that are not told assume BT.601.
+            codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
+            codec.color_range = ColorRange.MPEG
+            for number, pixels in video.frames(order):
+                if number == 0:
+                    side = min(short_side, *pixels.shape[:2])
+                    sides = data.short_side_to(side, *pixels.shape[:2])
+                    codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # colours need even
+                # FFmpeg's way from YUV to RGB rounds down, by one level on average, when the copy is read.
+                frame = reformatter.reformat(
+                    av.VideoFrame.from_ndarray(pixels + (pixels < 255), 'rgb24'),
+                    width=codec.width,
+                    height=codec.height,
+                    format=codec.pix_fmt,
+                    dst_colorspace=codec.colorspace,
+                    dst_color_range=codec.color_range,
+                    interpolation='BICUBIC',
+                    threads=1,
+                )
+                frame.pts, frame.time_base = int(ticks[number]), codec.time_base
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
 
 
 # show: samples as they are read and as they are fed -------------------------------------------------------
@@ -327,7 +309,7 @@ def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int)
         frames.append(np.clip(back + slope + (front - back) * cover + texture, 0, 255).astype(np.uint8))
     if not motion:
         return Image.fromarray(frames[0]).save(path, quality=90)
-    options = {'crf': '20', 'g': '24', 'preset': 'veryfast', 'threads': '1'}
+    options = {'crf': '20', 'g': '24', 'preset': 'veryfast', 'threads': '1', 'x264-params': 'mbtree=0'}
     with av.open(str(path), 'w') as container:
         stream = container.add_stream('libx264', 30, options, width=width, height=height)
         for frame in [*(av.VideoFrame.from_ndarray(pixels, 'rgb24') for pixels in frames), None]:
@@ -380,15 +362,17 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == 'demo':
             make_demo(args.dir)
         elif args.command == 'check':
+            is_new = not os.path.lexists(args.out)
             open(args.out, 'a').close()  # fails now rather than in hours
             try:
                 report(args.source, *check(args.source, args.root), args.out)
             finally:
-                if not os.path.getsize(args.out):
+                if is_new and not os.path.getsize(args.out):
                     os.remove(args.out)
         elif args.command == 'encode':
-            bad = os.path.join(args.dst, 'bad_samples.txt')
-            report(args.src, *encode(args.src, args.dst, args.short_side, args.gop, args.crf), bad)
+            out = os.path.join(args.dst, 'bad_samples.txt')
+            report(args.src, *encode(args.src, args.dst, args.short_side, args.gop, args.crf), out)
+            os.remove(out)  # it is empty
         else:
             show(args)
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
@@ -400,9 +384,12 @@ def main(argv: list[str] | None = None) -> None:
 def report(source: str, count: int, bad: list[str], out: str) -> None:
     """Say how many files are bad, write down which, and exit with 1 if there are any."""
     say(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
-    for line in bad[:10] + ['...'] * (len(bad) > 10):
+    lines = ['\\n'.join(text.splitlines()) for text in bad]  # one each, even if a name has a line break
+    for line in lines[:10]:
         say(line)
-    Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
+    if len(lines) > 10:
+        say('...')
+    Path(out).write_text(''.join(f'{line}\n' for line in lines), 'utf-8', 'surrogateescape')
     if bad:
         sys.exit(1)
 

@@ -2,19 +2,20 @@
 all cores. Begin with `Parser`, `whole_file` and `in_parallel`."""
 
 import argparse
-import difflib
 import errno
 import math
 import multiprocessing
 import os
-import re
 import signal
+import sys
 import textwrap
+import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from itertools import chain
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -45,8 +46,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a command line. The help is the program's docstring as it is written. A mistake gets one line,
-    with the flag that a misspelt one is likely to mean."""
+    """Parses a command line. The help is the program's docstring as it is written; a mistake is one line."""
 
     def __init__(self, doc: str, **options):
         description, _, epilog = doc.partition('\n\n')
@@ -54,14 +54,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=epilog, **layout, **options)
 
     def error(self, message: str) -> NoReturn:
-        misspelt = re.match('unrecognized arguments: (--[^ =]+)', message)
-        parsers = [self]  # and those of its commands
-        for action in self._actions:
-            parsers += action.choices.values() if isinstance(action.choices, dict) else ()
-        known = [flag for parser in parsers for flag in parser._option_string_actions]
-        meant = difflib.get_close_matches(misspelt[1], known, 1) if misspelt else ()
-        hint = f'; did you mean {meant[0]}?' if meant else ''
-        self.exit(2, f'{self.prog}: {message}{hint} (--help lists all flags)\n')
+        self.exit(2, f'{self.prog}: {message} (--help lists all flags)\n')
 
 
 # Files that are written -----------------------------------------------------------------------------------
@@ -83,16 +76,15 @@ def whole_file(path: str, mode: str = 'wb', **options) -> Iterator[IO]:
 
 
 def check_writable(*paths: str) -> None:
+    """Raise OSError if `whole_file` would fail at once for one of the paths, or if two of them are one file."""
     for path in paths:
-        if path:
-            _cw(path)
-
-
-def _cw(path: str) -> None:
-    """Raise OSError if `whole_file` would fail at once."""
-    there = path if is_device(path) else os.path.dirname(path) or '.'
-    if os.path.isdir(path) or not os.access(there, os.W_OK):
-        raise OSError(f'{path}: cannot be written')
+        there = path if is_device(path) else os.path.dirname(path) or '.'
+        if os.path.isdir(path) or not os.access(there, os.W_OK):
+            raise OSError(f'{path}: cannot be written')
+    real = [os.path.realpath(path) for path in paths if not is_device(path)]
+    for path in real:
+        if real.count(path) > 1:
+            raise OSError(f'{path}: two outputs of one name')
 
 
 def is_device(path: str) -> bool:
@@ -138,69 +130,89 @@ def ascii_lines(text: str, width: int) -> list[str]:
 
 # Many files on all cores ----------------------------------------------------------------------------------
 
+LINE_EVERY = 60  # seconds, where there is no terminal for a progress bar
+
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
     """Do the jobs on all cores, with a progress bar, and yield (job, reason) for each, in order.
 
-    `reason` is '' or one line: what function(*job) raised, or that it killed its process. A process has one
-    job at a time, so the culprit is known and no other job is lost. Raises OSError on a full disk.
+    `reason` is '' or one line: what function(*job) raised, or that it killed its process; no other job is
+    lost by that. Raises OSError on a full disk.
     """
-    first, reasons, left, idle, busy = 0, {}, iter(range(len(jobs))), [], {}
-    count = min(cores(), 256)  # each process takes three file handles, usually of 1024
+    reasons, first, said = {}, 0, time.monotonic()
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
+        for ended in rounds(function, jobs):
+            reasons |= ended
+            bar.update(len(ended))
+            if bar.disable and time.monotonic() > said + LINE_EVERY:
+                say(f'{title}: {first + len(reasons)} of {len(jobs)} files', sys.stderr)
+                said = time.monotonic()
+            while first in reasons:
+                yield jobs[first], reasons.pop(first)
+                first += 1
+
+
+def rounds(function: Callable, jobs: list[tuple]) -> Iterator[dict[int, str]]:
+    """Do the jobs, one per core at a time. At least once a second, yield {number: reason} of those that have
+    ended meanwhile."""
+    waiting, running, count = deque(range(len(jobs))), {}, cores()
+    while waiting:
+        with pool_of(count) as pool, suppress(BrokenProcessPool):
+            while waiting or running:
+                while waiting and len(running) < count:
+                    future = submit(pool, function, jobs[waiting[0]])
+                    running[future] = waiting.popleft()
+                ended = wait(running, 1, FIRST_COMPLETED).done
+                yield {running[future]: future.result() for future in ended}
+                for future in ended:
+                    del running[future]
+        # After the death of a process nobody knows whose job it was: those in flight get one each.
+        for future, number in running.items():
+            yield {number: alone(function, jobs[number]) if future.exception() else future.result()}
+        running.clear()
+
+
+def alone(function: Callable, job: tuple) -> str:
+    """The reason of one job, done in a process of its own."""
+    with pool_of(1) as pool:
         try:
-            while first < len(jobs):
-                while len(busy) < count and (number := next(left, None)) is not None:
-                    connection = idle.pop() if idle else start(function)
-                    try:
-                        connection.send(jobs[number])
-                        busy[connection] = number
-                    except ConnectionError:  # its process has died meanwhile
-                        left = chain([number], left)
-                for connection in wait(busy):
-                    number = busy.pop(connection)
-                    try:
-                        reasons[number], is_full = connection.recv()
-                        idle.append(connection)
-                        if is_full:
-                            raise OSError(f'{reasons[number]}; the files that are finished stay')
-                    except EOFError:
-                        reasons[number] = 'its process died: a decoder crash, or out of memory'
-                    except ConnectionResetError:  # it died before it had read the job
-                        left = chain([number], left)
-                    bar.update(number in reasons)
-                while first in reasons:
-                    yield jobs[first], reasons.pop(first)
-                    first += 1
-        finally:
-            for process in multiprocessing.active_children():  # whether idle or in the middle of a file
-                process.kill()
-                process.join()
+            return submit(pool, function, job).result()
+        except BrokenProcessPool:
+            return 'its process died: a decoder crash, or out of memory'
 
 
-def start(function: Callable) -> Connection:
-    """Start a process that does the jobs it is sent, and return the connection to it."""
-    here, there = multiprocessing.Pipe()
-    process, signals = CONTEXT.Process(target=work, args=(function, there), daemon=True), []
-    before = signal.signal(signal.SIGINT, lambda *_: signals.append(_))  # Ctrl-C is for this process alone
-    process.start()
-    signal.signal(signal.SIGINT, before)
-    for _ in signals:
-        signal.raise_signal(signal.SIGINT)
-    there.close()
-    return here
+@contextmanager
+def pool_of(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are killed at the end, even in the middle of a job."""
+    pool = ProcessPoolExecutor(count, CONTEXT, begin_process)
+    try:
+        yield pool
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown()
 
 
-def work(function: Callable, connection: Connection) -> None:
-    """Answer each job with ('' or why it failed, whether the disk is full); end with the parent."""
+def begin_process() -> None:
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    while True:
-        job, answer = connection.recv(), ('', False)
-        try:
-            function(*job)
-        except Exception as error:  # damaged files make decoders raise anything
-            full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-            answer = str(error) if full else one_line(error), full
-        connection.send(answer)
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable, job: tuple) -> Future:
+    """Hand over a job. Processes that start here inherit that Ctrl-C is not for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(attempt, function, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def attempt(function: Callable, job: tuple) -> str:
+    """'' or why the job failed, in one line. Raises OSError on a full disk."""
+    try:
+        function(*job)
+    except Exception as error:  # damaged files make decoders raise anything
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise OSError(f'{error}; the files that are finished stay') from None
+        return one_line(error)
+    return ''

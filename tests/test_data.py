@@ -215,12 +215,12 @@ def test_a_sound_picture_with_broken_metadata_is_read(tmp_path, exif):
     for ending in ('jpg', 'png', 'webp'):
         path = str(tmp_path / f'a.{ending}')
         PIL.Image.new('RGB', (96, 64), 'white').save(path, exif=b'Exif\0\0' + exif)
-        prepare.check_file(path)
+        prepare.check_file(path, True)
         assert data.ImageDataset(None, 'val', size=56).load(path, None).min() > 250
     text = PIL.PngImagePlugin.PngInfo()
     text.add_text('Raw profile type exif', '\nexif\n 4\nnot hexadecimal')
     PIL.Image.new('RGB', (96, 64), 'white').save(tmp_path / 'text.png', pnginfo=text)
-    prepare.check_file(str(tmp_path / 'text.png'))
+    prepare.check_file(str(tmp_path / 'text.png'), True)
 
 
 def test_an_ending_tells_images_from_videos(tmp_path):
