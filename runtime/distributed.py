@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -125,49 +125,35 @@ def join_others(program: str, backend: str) -> None:
         ) from None
     if not 0 <= rank < world_size:
         raise UserError(f'RANK {rank} does not fit WORLD_SIZE {world_size}: ranks are 0 to {world_size - 1}')
-    joined, start = 1, time.monotonic()
+    place, joined, all_here, start = f'{host}:{port}', 1, threading.Event(), time.monotonic()
 
-    def waiting() -> str:
-        missing = f'{world_size - joined} of {world_size} processes'
-        return f'{program}: rank {rank} waits for {missing} at {host}:{port} (MASTER_ADDR:MASTER_PORT)'
-
-    with said_meanwhile(waiting):
-        is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
-        try:
-            store = dist.TCPStore(host, port, None, is_server, PATIENCE, wait_for_workers=False)
-        except (RuntimeError, TypeError) as error:
-            reason = str(error).partition('\n')[0]
-            raise UserError(f'{reason} (MASTER_ADDR {host}, MASTER_PORT {port}: try another one)') from None
-        if os.environ.get('GROUP_WORLD_SIZE') == '1':
-            # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
-            # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
-            store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
-        joined = store.add('joined', 1)
-        while joined < world_size:
-            if time.monotonic() - start > PATIENCE.total_seconds():
-                raise UserError(f'gave up after half an hour: {waiting()}')
-            time.sleep(0.1)
-            joined = store.add('joined', 0)
-    # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-
-
-@contextmanager
-def said_meanwhile(line: Callable[[], str]) -> Iterator[None]:
-    """If the block takes over ten seconds, say a line then and every minute."""
-    done = threading.Event()
-
-    def wait() -> None:
+    def say_what_is_missing() -> None:
         seconds = 10
-        while not done.wait(seconds):
-            say(line())
+        while not all_here.wait(seconds):
+            missing = f'{world_size - joined} of {world_size} processes'
+            say(f'{program}: rank {rank} waits for {missing} at {place} (MASTER_ADDR:MASTER_PORT)')
             seconds = 60
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=say_what_is_missing, daemon=True).start()
+    is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
     try:
-        yield
-    finally:
-        done.set()
+        store = dist.TCPStore(host, port, None, is_server, PATIENCE, wait_for_workers=False)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'{reason} (MASTER_ADDR {host}, MASTER_PORT {port}: try another one)') from None
+    if os.environ.get('GROUP_WORLD_SIZE') == '1':
+        # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
+        # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
+        store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+    joined = store.add('joined', 1)
+    while joined < world_size:
+        if time.monotonic() - start > PATIENCE.total_seconds():
+            raise UserError(f'{world_size - joined} of {world_size} processes have not come to {place}')
+        time.sleep(0.1)
+        joined = store.add('joined', 0)
+    all_here.set()
+    # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def pick_precision(asked: str | None, device: torch.device) -> tuple[str, str]:
@@ -256,7 +242,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        trouble = about_file(error) or str(error) or type(error).__name__
+        trouble = about_file(error)
     stop_together(trouble)
 
 
@@ -276,15 +262,14 @@ def one_line_about(error: Exception) -> str:
         return f'a loader worker has died or hangs, {hint}: {reason}'
     if isinstance(error, dist.DistError) or '/gloo/' in reason:
         return f'a process of the run has died or hangs: {reason}'
-    if isinstance(error, (UserError, OSError)):
-        return about_file(error) or str(error)
-    return ''
+    return about_file(error) if isinstance(error, (UserError, OSError)) else ''
 
 
 def about_file(error: Exception) -> str:
-    """'FILE: what is wrong' of the system's errors that name a file; '' for others."""
-    name = getattr(error, 'filename', None)
-    return f'{name}: {error.strerror}' if name and error.strerror else ''
+    """'FILE: what is wrong' of the system's errors that name a file, else the error's own text."""
+    if getattr(error, 'filename', None) and error.strerror:
+        return f'{error.filename}: {error.strerror}'
+    return str(error) or type(error).__name__
 
 
 @contextmanager
@@ -312,7 +297,8 @@ def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) ->
     terminal ends nothing."""
     if rank() and not everywhere:
         return
-    file = file or sys.stdout
+    if file is None:
+        file = sys.stdout
     try:
         tqdm.write(text, file=file)
         file.flush()
@@ -325,8 +311,9 @@ def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) ->
 
 def loader(dataset: Dataset, workers: int, batch_bytes: int, **options) -> DataLoader:
     """A DataLoader whose workers leave stop signals to the main process and end with it."""
-    if workers:
+    with together():  # all processes of a machine measure before one of them fills it
         check_shared_memory(batch_bytes, workers)
+    if workers:
         if dist.is_initialized():
             # A thread of gloo may still let go of what it sent last. In Python before 3.10.15 and 3.11.10, a
             # worker forked at that moment never starts (cpython issue 112275).
@@ -384,7 +371,7 @@ def default_workers() -> int:
 
 def cores() -> int:
     """CPU cores that the scheduler and, in a container, its quota grant this process."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with suppress(OSError, ValueError), open('/sys/fs/cgroup/cpu.max') as file:  # not everywhere, or 'max'
         quota, period = map(int, file.read().split())
         count = min(count, -(-quota // period))
