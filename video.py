@@ -207,7 +207,7 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
         raise ValueError('not a regular file')
     options |= {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     try:
-        container = av.open(local(path), options=options, metadata_errors='ignore')
+        container = av.open(local(path), container_options=options, metadata_errors='ignore')
     except av.ArgumentError:
         raise ValueError('its format is not one of the video formats that are read') from None
     except av.FFmpegError as error:  # most are an OSError or a ValueError as well
