@@ -350,6 +350,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
     del saved
+    if args.demo and not args.resume and rank() == 0:  # a demo replaces an older one
+        checkpoint.start_over(logger.folder)
     guard = Guard(logger.folder, args.save_minutes, args.max_bad)
 
     def save(*names: str) -> None:
