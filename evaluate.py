@@ -26,7 +26,6 @@ import os
 import pickle
 import sys
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -254,17 +253,10 @@ def show_mistakes(
     return len(wrong)
 
 
-class Answer(NamedTuple):
-    """What a file shows."""
-
-    text: str
-    likeliest: list[tuple[str, float]]  # five labels and their scores
-    scores: Tensor  # (classes,)
-    feature: Tensor  # (F,)
-
-
-def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> Answer:
-    """Name what a video or image file shows, all in all or, with --timeline, clip by clip."""
+def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> tuple:
+    """What a video or image file shows: a text, the five likeliest labels as (label, score), its scores
+    (classes,) and its feature (F,). The text lists those labels or, with --timeline, the three likeliest for
+    each clip of a video; the clips are spread evenly over it."""
     if sources.is_image(path):
         kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
     else:
@@ -279,30 +271,23 @@ def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: 
     scores = rows[:, :known]  # (crops * clips, classes)
     if not names[kind]:
         names[kind] = sources.published_labels(kind, known)
+
+    def likeliest(row: Tensor, count: int) -> list[tuple[str, float]]:
+        best = row.sort(descending=True, stable=True).indices[:count].tolist()
+        return [(class_name(names[kind], i), row[i].item()) for i in best]
+
     lines = [f'{path} ({kind})']
-    likeliest = top(scores.mean(0), names[kind], 5)
     if args.timeline and kind == 'video':
-        spans = clip_times(path, dataset)
-        for (start, end), row in zip(spans, scores.unflatten(0, (args.crops, -1)).mean(0)):
-            seen = ', '.join(f'{label} {score:.1%}' for label, score in top(row, names[kind], 3))
+        with VideoReader(path) as video:
+            clips = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, args.clips)
+            last = clips[:, 0] + (dataset.clip_len - 1) * dataset.frame_interval
+            starts, ends = video.times(clips[:, 0]), video.times(last.clip(max=len(video) - 1))
+        for start, end, row in zip(starts, ends, scores.unflatten(0, (args.crops, -1)).mean(0)):
+            seen = ', '.join(f'{label} {score:.1%}' for label, score in likeliest(row, 3))
             lines.append(f'  {start:7.1f} to {end:6.1f} s  {seen}')
     else:
-        lines += [f'  {score:7.2%}  {label}' for label, score in likeliest]
-    return Answer('\n'.join(lines), likeliest, scores.mean(0), rows[:, known:].mean(0))
-
-
-def top(scores: Tensor, names: list[str] | None, count: int) -> list[tuple[str, float]]:
-    """The likeliest classes and their scores."""
-    best = scores.sort(descending=True, stable=True).indices[:count].tolist()
-    return [(class_name(names, i), scores[i].item()) for i in best]
-
-
-def clip_times(path: str, dataset: data.VideoDataset) -> np.ndarray:
-    """When the clips of a test begin and end, float64 (clips, 2), in seconds."""
-    with VideoReader(path) as video:
-        count, span = len(video), (dataset.clip_len - 1) * dataset.frame_interval
-        starts = data.sample_frames(count, dataset.clip_len, dataset.frame_interval, dataset.num_clips)[:, 0]
-        return np.stack([video.times(starts), video.times((starts + span).clip(max=count - 1))], 1)
+        lines += [f'  {score:7.2%}  {label}' for label, score in likeliest(scores.mean(0), 5)]
+    return '\n'.join(lines), likeliest(scores.mean(0), 5), scores.mean(0), rows[:, known:].mean(0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -345,7 +330,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """The command itself, once its processes have joined."""
     with together():
         if rank() == 0:
-            check_writable(args.dump, args.features, args.show, args.csv)
+            check_writable(*filter(None, (args.dump, args.features, args.show, args.csv)))
         saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
@@ -367,34 +352,31 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
     """Print what each file shows and write what was asked for. Exit with 1 if a file could not be read."""
-    paths, answers = [], []
+    paths, table, rows = [], [('file', 'rank', 'label', 'score')], []
     for path in args.files:
-        found = [path]
+        below = []
         if os.path.isdir(path):
-            found = sources.files_below(path, sources.VIDEO_ENDINGS + sources.image_endings())
-        paths += found or [path]
+            below = sources.files_below(path, sources.VIDEO_ENDINGS + sources.image_endings())
+        paths += below or [path]
     for path in paths:
         try:
             if os.path.isdir(path):
                 raise ValueError('no videos or images are below it')
-            answers.append(classify(network, path, args, settings, names))
-            say(answers[-1].text)
+            text, likeliest, *row = classify(network, path, args, settings, names)
+            say(text)
         except Exception as error:  # damaged files raise whatever the decoder trips over
-            answers.append(Answer('', [], torch.empty(0), torch.empty(0)))
+            likeliest, row = [], [torch.empty(0), torch.empty(0)]
             say(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
+        table += [(path, place, label, f'{score:.4f}') for place, (label, score) in enumerate(likeliest, 1)]
+        rows.append(row)
     if args.csv and rank() == 0:
         with whole_file(args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
-            table = csv.writer(file)
-            table.writerow(('file', 'rank', 'label', 'score'))
-            for path, answer in zip(paths, answers):
-                for place, (label, score) in enumerate(answer.likeliest, 1):
-                    table.writerow((path, place, label, f'{score:.4f}'))
+            csv.writer(file).writerows(table)
     if args.features and rank() == 0:
-        scores = pad_sequence([answer.scores for answer in answers], True, np.nan)
-        features = pad_sequence([answer.feature for answer in answers], True, np.nan)
+        scores, features = (pad_sequence(part, True, np.nan).numpy() for part in zip(*rows))
         with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=np.array(paths))
-    sys.exit(0 if all(answer.text for answer in answers) else 1)
+    sys.exit(0 if all(len(scores) for scores, _ in rows) else 1)
 
 
 def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict):

@@ -329,7 +329,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     step, epoch, best = 0, 0, [-1.0, None]
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
-        checkpoint.load_optimizer(optimizer, saved['optimizer'], path)
+        checkpoint.load_momentum(optimizer, saved['optimizer'], path)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         # With other GPUs an epoch has other steps: the share that is done stays the same.
@@ -350,6 +350,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
     del saved
+    if args.demo and not args.resume and rank() == 0:  # a demo replaces an older one
+        checkpoint.start_over(logger.folder)
     guard = Guard(logger.folder, args.save_minutes, args.max_bad)
 
     def save(*names: str) -> None:

@@ -24,6 +24,8 @@ from runtime.headers import HIDDEN, OPENS, STARTS, Hevc, Unsure, codec_of, requi
 FORMATS = 'mov,matroska,avi,flv,mpegts,mpeg,asf,gif,ogg,mxf,nut,ivf,yuv4mpegpipe,h264,hevc,m4v,mpegvideo'
 MAX_PIXELS = 89_478_485  # of a frame, 2.7 times those of 8K: a small file can claim more than memory holds
 SMALL = 8_000_000  # bytes of a file whose packets are kept, to read it once
+# Before PyAV 19, text that is not UTF-8 would be an error.
+LENIENT = {'metadata_errors': 'ignore'} if int(av.__version__.split('.')[0]) < 19 else {}
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
@@ -207,7 +209,7 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
         raise ValueError('not a regular file')
     options |= {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     try:
-        container = av.open(local(path), options=options, metadata_errors='ignore')
+        container = av.open(local(path), container_options=options, **LENIENT)
     except av.ArgumentError:
         raise ValueError('its format is not one of the video formats that are read') from None
     except av.FFmpegError as error:  # most are an OSError or a ValueError as well
@@ -238,7 +240,7 @@ def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """
     try:
         matrix = frame.side_data.get('DISPLAYMATRIX')
-    except ValueError:  # PyAV does not know all kinds of side data, and then gives none; it knows the angle
+    except ValueError:  # before PyAV 19, side data of a new kind hides all; of the matrix, the angle is left
         angle = np.deg2rad(-frame.rotation)
         a, b, c, d = np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)
     else:

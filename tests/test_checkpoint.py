@@ -300,9 +300,9 @@ def test_momentum_is_copied_or_refused(trained):
     for odd in (torch.zeros(2), torch.zeros(1).expand(shape), torch.zeros(shape).long(), 'x', None):
         line = f'a.pth: its momentum of parameter 0 is not {shape}, torch.float32'
         saved['state'][0]['momentum_buffer'] = odd
-        assert fault(checkpoint.load_optimizer, optimizer(), saved, 'a.pth') == line
+        assert fault(checkpoint.load_momentum, optimizer(), saved, 'a.pth') == line
     for odd in ({}, {'state': None}, {'state': {}}, None):
-        assert fault(checkpoint.load_optimizer, optimizer(), odd, 'a.pth') == line
+        assert fault(checkpoint.load_momentum, optimizer(), odd, 'a.pth') == line
 
 
 def test_which_of_several_networks_is_taken_is_said(tmp_path, trained, capsys):

@@ -17,7 +17,7 @@ from av.stream import Disposition
 from conftest import ROOT, decode_all, write_video
 from PIL import Image
 
-from runtime.headers import Bits, units
+from runtime.headers import Bits, payload, units
 from runtime.sources import VIDEO_ENDINGS
 from video import VideoReader
 
@@ -64,28 +64,17 @@ VIDEOS = {
     'h264 with intra refresh': ('a.mp4', x264('intra-refresh=1:keyint=15', 60)),
     'h264 in slices': ('a.mp4', x264('keyint=10:bframes=2:slices=3')),
     'h264 interlaced': ('a.mp4', x264('interlaced=1:keyint=10')),
-    'h264 of one frame': ('a.mp4', dict(num_frames=1)),
     'h264 at a variable rate': ('a.mp4', dict(times=np.cumsum([20 + 37 * (i % 3) for i in range(40)]))),
-    'h264 of odd size': ('a.mp4', dict(num_frames=20, size=(49, 67), pix_fmt='yuv444p')),
-    'h264 without loss': ('a.mp4', x264('qp=0:keyint=10')),
-    'h264 in 10 bits': ('a.mp4', dict(num_frames=20, pix_fmt='yuv420p10le')),
-    'h264 in grey': ('a.mp4', dict(num_frames=20, pix_fmt='gray')),
     'h264 with models of buffers': ('a.mp4', x264('keyint=9:nal-hrd=vbr:vbv-maxrate=900:vbv-bufsize=900')),
     'h264 with B-frames in AVI': ('a.avi', x264('keyint=10:bframes=3')),
     'h264 with B-frames in FLV': ('a.flv', x264('keyint=10:bframes=3')),
     'h264 in a transport stream': ('a.ts', x264('keyint=16:bframes=3', 70)),
-    'h264 in no container': ('a.h264', x264('bframes=2')),
     'hevc in temporal layers': ('a.mp4', x265('keyint=16:temporal-layers=3')),
     'mpeg4 in MP4': ('a.mp4', dict(codec='mpeg4', options={'g': '12'})),
     'mpeg4 with B-frames': ('a.avi', dict(codec='mpeg4', options={'g': '12', 'bf': '2'})),
     'mpeg4 with frames left out': ('a.avi', dict(codec='mpeg4', times=range(0, 2400, 60))),
-    'mpeg2 in no container': ('a.m2v', dict(codec='mpeg2video', options={'bf': '2'})),
-    'mpeg2 in a program stream': ('a.mpg', dict(codec='mpeg2video', size=(144, 176), options={'bf': '2'})),
     'vp8 at a variable rate': ('a.webm', pauses('libvpx')),
     'wmv at a variable rate': ('a.wmv', pauses('wmv2')),
-    'flash': ('a.flv', dict(codec='flv1')),
-    'not compressed': ('a.y4m', dict(num_frames=10, codec='wrapped_avframe')),
-    'gif': ('a.gif', dict(num_frames=20, codec='gif', pix_fmt='rgb8', times=range(0, 1200, 60))),
 }
 
 
@@ -160,20 +149,6 @@ def test_frames_of_real_files(name):
             np.testing.assert_array_equal(video.get_batch(indices), expected[indices])
 
 
-@pytest.mark.quick
-def test_decode_gives_every_frame_to_whoever_encodes_them(tmp_path):
-    path = write_video(tmp_path / 'a.mp4', num_frames=40, options={'g': '10', 'bf': '2'})
-    expected = decode_all(path)
-    with VideoReader(path) as video:
-        assert (video.stream.average_rate, video.stream.width, video.stream.height) == (30, 64, 48)
-        for place, (number, frame) in enumerate(video.decode()):
-            assert number == place
-            np.testing.assert_array_equal(frame.to_ndarray(format='rgb24'), expected[number])
-            if number % 15 == 0:  # other frames can be had meanwhile
-                np.testing.assert_array_equal(video.get_batch([35, 3]), expected[[35, 3]])
-        assert number == 39
-
-
 # What containers say: turned pictures, cuts, covers ---------------------------------------------------------
 
 TURNS = {  # what a track header's matrix (a, b, c, d) makes of a picture
@@ -202,22 +177,18 @@ def test_turned_video_comes_upright(turn, tmp_path):
             assert frame.flags.c_contiguous and frame.flags.writeable
 
 
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_photos_as_frames_come_upright(orientation, tmp_path):
-    """Motion JPEG of a camera. Its EXIF is side data that PyAV may not know; mirrors are lost then."""
-    plain = write_video(tmp_path / 'plain.avi', num_frames=4, codec='mjpeg', pix_fmt='yuvj420p')
-    packets = []
+@pytest.mark.skipif(av.library_versions['libavcodec'] < (62, 28), reason='before FFmpeg 8.1')
+@pytest.mark.parametrize(('orientation', 'turn'), [(6, 'by 90 degrees'), (3, 'by 180 degrees')])
+def test_photos_as_frames_come_upright(orientation, turn, tmp_path):
+    """Motion JPEG of a camera, whose EXIF is side data that PyAV may not know."""
+    plain, packets = write_video(tmp_path / 'plain.avi', 4, 'mjpeg', pix_fmt='yuvj420p'), []
     for packet in packets_of(plain):
         exif, photo = Image.Exif(), io.BytesIO()
         exif[0x0112] = orientation
         Image.open(io.BytesIO(bytes(packet))).save(photo, 'JPEG', exif=exif)
         packets.append(with_content(packet, photo.getvalue()))
     path = mux(tmp_path / 'a.avi', plain, packets)
-    turned = dict(zip((6, 3, 8, 2, 4, 5, 7), TURNS.values())).get(orientation, (None, lambda x: x))[1]
-    with VideoReader(path) as video:
-        assert len(video.get_batch(range(4))) == 4
-    if av.library_versions['libavcodec'] >= (62, 28) and orientation in (1, 3, 6, 8):  # FFmpeg 8.1
-        check(path, turned(decode_all(path)))
+    check(path, TURNS[turn][1](decode_all(path)))
 
 
 def test_frames_cut_off_by_an_edit_list(tmp_path):
@@ -229,38 +200,10 @@ def test_frames_cut_off_by_an_edit_list(tmp_path):
     assert len(check(path)) == 27
 
 
-def add_cover(container):
-    picture = container.add_stream('mjpeg', rate=1)
-    picture.width, picture.height, picture.pix_fmt = 32, 32, 'yuvj420p'
-    picture.disposition = Disposition.attached_pic.value
-    frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), dtype=np.uint8), format='rgb24')
-    return [*picture.encode(frame), *picture.encode(None)]
-
-
-def test_a_cover_is_no_video(tmp_path):
-    path, plain = tmp_path / 'cover.mp4', write_video(tmp_path / 'a.mp4', num_frames=20)
-    with av.open(str(path), 'w') as container, av.open(plain) as source:
-        cover = add_cover(container)
-        stream = container.add_stream_from_template(source.streams.video[0])
-        container.mux(cover)
-        for packet in packets_of(plain):
-            packet.stream = stream
-            container.mux(packet)
-    content = bytearray(path.read_bytes())
-    moov, trak, udta = (content.index(name) - 4 for name in (b'moov', b'trak', b'udta'))
-    size = int.from_bytes(content[udta : udta + 4], 'big')  # of the cover's box, which now comes first
-    content[trak : udta + size] = content[udta : udta + size] + content[trak:udta]
-    path.write_bytes(content)
-    with av.open(str(path)) as container:
-        assert moov < trak < udta and container.streams.video[0].disposition & Disposition.attached_pic
-    check(path, decode_all(plain))
-
-
 @pytest.mark.parametrize('best', [0, 1])
-@pytest.mark.parametrize('ending', ['mp4', 'mkv'])
-def test_the_best_of_several_videos(ending, best, tmp_path):
+def test_the_best_of_several_videos(best, tmp_path):
     """As FFmpeg has it: the one that is marked."""
-    path = tmp_path / f'both.{ending}'
+    path = tmp_path / 'both.mkv'
     paths = [write_video(tmp_path / f'{n}.mp4', 20 + n) for n in range(2)]
     with av.open(str(path), 'w') as both, av.open(paths[0]) as first, av.open(paths[1]) as second:
         streams = [both.add_stream_from_template(source.streams.video[0]) for source in (first, second)]
@@ -274,13 +217,14 @@ def test_the_best_of_several_videos(ending, best, tmp_path):
 
 def test_a_song_with_a_cover_is_no_video(tmp_path):
     with av.open(str(tmp_path / 'song.m4a'), 'w', format='mp4') as container:
-        stream = container.add_stream('aac', rate=44100)
-        container.mux(add_cover(container))
-        for i in range(10):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), 'fltp', 'mono')
-            frame.sample_rate, frame.pts = 44100, 1024 * i
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        sound, cover = container.add_stream('aac', rate=44100), container.add_stream('mjpeg', rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, 'yuvj420p'
+        cover.disposition = Disposition.attached_pic.value
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), dtype=np.uint8), format='rgb24')
+        container.mux([*cover.encode(picture), *cover.encode(None)])
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), 'fltp', 'mono')
+        frame.sample_rate = 44100
+        container.mux([*sound.encode(frame), *sound.encode(None)])
     with pytest.raises(ValueError, match='no video stream'):
         VideoReader(tmp_path / 'song.m4a')
 
@@ -340,9 +284,7 @@ def test_parameters_that_change_midway(repeated, tmp_path):
 
 
 @pytest.mark.parametrize('stated', [0, 1])
-@pytest.mark.parametrize(
-    'name', ['vp8', 'vp9', 'av1', 'hevc with parameters in every key frame', 'mpeg4 in MP4']
-)
+@pytest.mark.parametrize('name', ['vp8', 'vp9', 'av1', 'hevc with parameters in every key frame'])
 def test_frames_that_change_size_are_refused(name, stated, tmp_path):
     """Two streams as one, whichever size the container states."""
     file, options = VIDEOS[name]
@@ -465,21 +407,11 @@ def test_a_key_frame_that_needs_the_header_before(tmp_path):
     check(mux(tmp_path / f'b{file}', path, packets), decode_all(path))
 
 
-@pytest.mark.parametrize('name', ['h264 in MKV', 'hevc with open GOPs', 'vp9'])
-@pytest.mark.parametrize('shift', [0, 16])
-def test_times_that_do_not_fit(name, shift, tmp_path):
-    """The same times again, or times between others'."""
-    path = write_video(tmp_path / 'a.mkv', **{**FROM_THE_MIDDLE[name][1], 'num_frames': 26})
-    packets = [*packets_of(path), *packets_of(path)]
-    for number, packet in enumerate(packets):
-        packet.pts, packet.dts = packet.pts + 200 + shift * (number >= len(packets) // 2), number
-    assert len(check(mux(tmp_path / 'b.mkv', path, packets))) == len(packets)
-
-
 TIMES = {  # of which the order is not that of the pictures
     'decoding times': sorted,
     'decoding times in a part': lambda times: [*times[:20], *sorted(times[20:32]), *times[32:]],
     'swapped': lambda times: [*times[:20], times[21], times[20], *times[22:]],
+    'the same again': lambda times: [*times[:25], *times[:25]],
     'wrapped': lambda times: [time - 700 * (time >= 700) for time in times],
 }
 
@@ -501,19 +433,17 @@ def test_a_stream_that_does_not_say_how_many_pictures_wait(tmp_path):
     write_cuts(path, {'x264-params': 'keyint=30:bframes=5:b-pyramid=2', 'profile': 'main'})
     with av.open(str(path)) as container:
         record = bytes(container.streams.video[0].codec_context.extradata)
-    old = record[8 : 8 + record[7]]
-    bits = Bits(old[1:].replace(b'\0\0\3', b'\0\0'))
+    old = record[9 : 8 + record[7]]  # after the unit's type
+    bits = Bits(payload(old))
     bits.take(24)  # profile, constraints, level
-    bits.unsigned(2)
-    assert bits.unsigned() == 0  # a count gives the order
-    bits.unsigned(2)
+    bits.unsigned(5)
     bits.take(1)
     bits.unsigned(2)
-    assert bits.take(3) == 6 and bits.take(1) == 1  # frames, not cropped; and more, which is cut off
-    more = bits.left + 1
-    number = int.from_bytes(old[1:].replace(b'\0\0\3', b'\0\0'), 'big') >> more << more | 1 << more - 2
-    new = number.to_bytes(len(old[1:].replace(b'\0\0\3', b'\0\0')), 'big').rstrip(b'\0')
-    path.write_bytes(path.read_bytes().replace(old[1:], new.ljust(len(old) - 1, b'\0')))
+    assert bits.take(4) == 0b1101  # frames, not cropped, and more: which is cut off
+    size = len(payload(old))
+    kept = int.from_bytes(payload(old), 'big') >> bits.left + 1
+    new = ((kept << 2 | 1) << bits.left - 1).to_bytes(size, 'big').rstrip(b'\0')
+    path.write_bytes(path.read_bytes().replace(old, new.ljust(len(old), b'\0')))
     check(path)
 
 
@@ -550,7 +480,7 @@ def test_asking_for_frames_that_are_not_there(tmp_path):
 def test_what_is_no_video(tmp_path):
     path, whole = tmp_path / 'a.mp4', Path(write_video(tmp_path / 'whole.mp4')).read_bytes()
     random = np.random.default_rng(0).bytes(10_000)
-    for content in (b'', b'not a video' * 100, bytes(10_000), random, whole[:20], whole[: len(whole) // 2]):
+    for content in (b'', random, whole[:20], whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises((OSError, ValueError)):
             VideoReader(path)
@@ -576,12 +506,8 @@ def test_what_leads_to_other_files_is_refused(name, tmp_path):
     (tmp_path / name).write_text(PLAYLISTS[name])
     with pytest.raises(ValueError):
         VideoReader(tmp_path / name)
-
-
-def test_numbered_pictures_are_no_video(tmp_path):
-    Image.new('RGB', (64, 48)).save(tmp_path / 'a1.jpg')
-    with pytest.raises(FileNotFoundError):
-        VideoReader(tmp_path / 'a%d.jpg')
+    with pytest.raises(FileNotFoundError):  # a pattern of names
+        VideoReader(tmp_path / 'who%ce.ts')
 
 
 def test_every_kind_that_is_listed_is_opened(tmp_path):
@@ -613,14 +539,6 @@ def test_a_video_without_a_decoder(ending, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match='no decoder'):
         VideoReader(path)
-
-
-def test_a_video_without_frame_rate(tmp_path):
-    path = Path(write_video(tmp_path / 'a.avi', codec='mpeg4'))
-    content = bytearray(path.read_bytes())
-    struct.pack_into('>i', content, content.index(b'strh') + 32, 0)  # the stream's frames per second
-    path.write_bytes(content)
-    check(path)
 
 
 @pytest.mark.parametrize('name', ['clip:1.mp4', 'subfile,a:b.mp4', '50%d?#.mp4'])
