@@ -225,7 +225,7 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
     if codec is None:
         raise ValueError('no decoder for its video stream')
     if codec.width * codec.height > MAX_PIXELS:
-        raise ValueError(f'frames of {codec.width}x{codec.height} are too large')
+        raise ValueError(f'its frames of {codec.width}x{codec.height} have over 89 megapixels')
     codec.options = {'max_pixels': str(MAX_PIXELS)}  # where the size changes later
     codec.thread_count = 1  # a loader's workers are the parallelism
     return container, stream
