@@ -36,7 +36,7 @@ class VideoReader:
     everything from the start. H.264 and HEVC in MP4 and Matroska, VP8, VP9 and AV1 are read from the last key
     frame before each frame, if the file itself proves that this is exact; then frames are counted without
     decoding, too. Everything else is decoded from the start, to count and again to read; so is a file that
-    turns out to be damaged.
+    turns out to be damaged. (If libavcodec misses damage, the frames that it patches up may differ.)
 
     Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. Other
     errors that PyAV raises for a damaged file pass through, on opening or on reading.
@@ -225,7 +225,7 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
     if codec is None:
         raise ValueError('no decoder for its video stream')
     if codec.width * codec.height > MAX_PIXELS:
-        raise ValueError(f'frames of {codec.width}x{codec.height} are too large')
+        raise ValueError(f'its frames of {codec.width}x{codec.height} have over 89 megapixels')
     codec.options = {'max_pixels': str(MAX_PIXELS)}  # where the size changes later
     codec.thread_count = 1  # a loader's workers are the parallelism
     return container, stream

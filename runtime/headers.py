@@ -54,12 +54,10 @@ class InOrder:
             require(sum(picture.pts is not None for picture in self.splitter.filter(copy)) == 1)
         if not packet.is_keyframe:
             return FOLLOWS, (0, self.count)
-        if self.name == 'av1':  # what has the size: a header of type 1, and its length
-            require(data[0] >> 3 == 1)
-            header = data[: 2 + data[1]]
-        else:
-            header = data[6:10] if self.name == 'vp8' else data[:9]
-        require(header == (self.header or header))
+        # The part of a key frame that has its size. In AV1 a unit of type 1 begins it, and has its length.
+        require(self.name != 'av1' or data[0] >> 3 == 1)
+        header = {'vp8': data[6:10], 'vp9': data[:9], 'av1': data[: 2 + data[1]]}[self.name]
+        require(self.header in (b'', header))  # one size
         self.header = header
         return STARTS, (0, self.count)
 
@@ -124,8 +122,9 @@ class H264:
             require(type not in (7, 8) or bytes(unit) in self.parameters)  # new ones
             require(type != 6 or harmless(unit[1:]))
             if type in (1, 5):  # a slice; its first bit says whether a picture begins
-                require((picture is None) == (unit[1] >> 7))
-                picture = picture or unit
+                require((unit[1] >> 7) == (picture is None))
+                if picture is None:
+                    picture = unit
         require(picture is not None)
         is_idr, is_kept = picture[0] & 31 == 5, picture[0] & 96 > 0
         bits = Bits(payload(picture[1:25]))
@@ -182,8 +181,9 @@ class Hevc:
             require(type != 39 or harmless(unit[2:]))
             require(type not in (36, 37))  # the end of a sequence
             if type < 32:
-                require((picture is None) == (unit[2] >> 7))
-                picture = picture or unit
+                require((unit[2] >> 7) == (picture is None))
+                if picture is None:
+                    picture = unit
         require(picture is not None)
         type, bits = picture[0] >> 1, Bits(payload(picture[2:26]))
         require(type < 10 or type in (19, 20, 21))  # an IDR picture: 19, 20; a CRA picture: 21

@@ -21,8 +21,6 @@ from runtime.headers import Bits, payload, units
 from runtime.sources import VIDEO_ENDINGS
 from video import VideoReader
 
-REAL = Path(os.environ.get('OMNI_REAL', ROOT.parent / 'shared/real'))
-
 
 def x264(parameters, num_frames=40, **more):
     return dict(num_frames=num_frames, options={'x264-params': parameters}, **more)
@@ -125,6 +123,7 @@ def test_frames_equal_decoding_from_the_start(name, tmp_path, monkeypatch):
     if name in FROM_THE_MIDDLE:
         monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
     expected = check(path)
+    monkeypatch.setattr('video.SMALL', 0)  # as large files are read
     with VideoReader(path) as video:
         times = np.array(options.get('times', np.arange(len(video)) * 20)) / 600
         np.testing.assert_allclose(video.times(range(len(video))), times - times[0], atol=2e-3)
@@ -132,21 +131,6 @@ def test_frames_equal_decoding_from_the_start(name, tmp_path, monkeypatch):
             decoded = dict(video._decode_near([index]))
             np.testing.assert_array_equal(decoded[index].to_ndarray(format='rgb24'), expected[index])
             assert len(decoded) <= 34
-
-
-PACKED = 'videos/WallPushups/v_WallPushups_g01_c04.avi'  # B-frames are packed with others
-
-
-@pytest.mark.parametrize('name', ['odd/yes.mkv', 'videos/Biking/v_Biking_g01_c04.avi', PACKED])
-def test_frames_of_real_files(name):
-    if not (REAL / name).exists():
-        pytest.skip(f'no {REAL / name}')
-    expected = decode_all(REAL / name)
-    some = [index for index in range(len(expected)) if index % 31 in (0, 17)]
-    with VideoReader(REAL / name) as video:
-        assert len(video) == len(expected)
-        for indices in (some[::-1], some[1::2]):
-            np.testing.assert_array_equal(video.get_batch(indices), expected[indices])
 
 
 # What containers say: turned pictures, cuts, covers ---------------------------------------------------------
@@ -172,23 +156,19 @@ def test_turned_video_comes_upright(turn, tmp_path):
     struct.pack_into('>5i', content, content.index(b'tkhd') + 44, a << 16, b << 16, 0, c << 16, d << 16)
     path.write_bytes(content)
     check(path, expected)
-    with VideoReader(path) as video:
-        for _, frame in video.frames([0, 4]):
-            assert frame.flags.c_contiguous and frame.flags.writeable
 
 
 @pytest.mark.skipif(av.library_versions['libavcodec'] < (62, 28), reason='before FFmpeg 8.1')
-@pytest.mark.parametrize(('orientation', 'turn'), [(6, 'by 90 degrees'), (3, 'by 180 degrees')])
-def test_photos_as_frames_come_upright(orientation, turn, tmp_path):
+def test_photos_as_frames_come_upright(tmp_path):
     """Motion JPEG of a camera, whose EXIF is side data that PyAV may not know."""
     plain, packets = write_video(tmp_path / 'plain.avi', 4, 'mjpeg', pix_fmt='yuvj420p'), []
     for packet in packets_of(plain):
         exif, photo = Image.Exif(), io.BytesIO()
-        exif[0x0112] = orientation
+        exif[0x0112] = 6
         Image.open(io.BytesIO(bytes(packet))).save(photo, 'JPEG', exif=exif)
         packets.append(with_content(packet, photo.getvalue()))
     path = mux(tmp_path / 'a.avi', plain, packets)
-    check(path, TURNS[turn][1](decode_all(path)))
+    check(path, TURNS['by 90 degrees'][1](decode_all(path)))
 
 
 def test_frames_cut_off_by_an_edit_list(tmp_path):
@@ -310,17 +290,6 @@ def test_hevc_with_a_lost_packet(tmp_path):
             lengths.add(len(video))
             assert len(video) == len(decode_all(tmp_path / 'b.mkv'))
     assert min(lengths) < 49
-
-
-@pytest.mark.parametrize('name', ['vp9 in MP4', 'av1', 'hevc with open GOPs'])
-def test_key_frames_that_are_none(name, tmp_path):
-    """What the container says of key frames is not taken for granted."""
-    file, options = FROM_THE_MIDDLE[name]
-    path = write_video(tmp_path / file, **options)
-    packets = packets_of(path)
-    for packet in packets[::3]:
-        packet.is_keyframe = True
-    check(mux(tmp_path / f'flagged{file}', path, packets), decode_all(path))
 
 
 @pytest.mark.parametrize('name', ['vp8', 'vp9', 'av1'])
@@ -453,14 +422,8 @@ def test_a_rotation_in_the_second_of_two_messages(codec, tmp_path):
     path = write_video(tmp_path / 'a.mkv', 30, codec, (64, 64), {'g': '8', 'x265-params': 'keyint=8'})
     packets = packets_of(path)
     rotation = 0b000_0100000000000000_1_0000.to_bytes(3, 'big')  # no flips, 90 degrees, until further notice
-    unit = (
-        (b'\6' if codec == 'libx264' else b'\x4e\1')
-        + b'\5\x10'
-        + bytes(range(1, 17))
-        + b'\x2f\3'
-        + rotation
-        + b'\x80'
-    )
+    head = b'\6' if codec == 'libx264' else b'\x4e\1'
+    unit = head + b'\5\x10' + bytes(range(1, 17)) + b'\x2f\3' + rotation + b'\x80'
     packets[0] = with_content(packets[0], len(unit).to_bytes(4, 'big') + unit + bytes(packets[0]))
     path = mux(tmp_path / 'b.mkv', path, packets)
     check(path, np.rot90(decode_all(path), 1, axes=(1, 2)))
@@ -568,14 +531,6 @@ def test_the_whole_part_of_a_cut_video_is_right(tmp_path):
         assert 10 < len(video) < 60
         expected = decode_all(whole)[: len(video) - 4]  # the last ones may lack their references
         np.testing.assert_array_equal(video.get_batch(range(len(expected))), expected)
-
-
-def test_a_picture_in_the_place_of_another(tmp_path):
-    """A later one, so that the decoder drops what comes too late."""
-    path = write_video(tmp_path / 'whole.mkv', 30, options={'g': '10', 'bf': '0'})
-    packets = packets_of(path)
-    packets[24] = with_content(packets[24], bytes(packets[28]))
-    assert len(check(mux(tmp_path / 'a.mkv', path, packets))) < 30
 
 
 def test_a_promise_that_decoding_does_not_keep(tmp_path, monkeypatch):
