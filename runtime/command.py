@@ -1,5 +1,5 @@
-"""What commands share: their command lines, files that are whole or not there, pictures in rows, many files on
-all cores. Begin with `Parser`, `whole_file` and `in_parallel`."""
+"""What commands share: their command lines, files that are whole or not there, pictures in rows, many files
+on all cores. Begin with `Parser`, `whole_file` and `in_parallel`."""
 
 import argparse
 import errno
@@ -76,7 +76,7 @@ def whole_file(path: str, mode: str = 'wb', **options) -> Iterator[IO]:
 
 
 def check_writable(*paths: str) -> None:
-    """Raise OSError if `whole_file` would fail at once for one of the paths, or if two of them are one file."""
+    """Raise OSError if `whole_file` would fail at once for one of the paths, or if two are the same file."""
     for path in paths:
         there = path if is_device(path) else os.path.dirname(path) or '.'
         if os.path.isdir(path) or not os.access(there, os.W_OK):

@@ -22,7 +22,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Forked, run, wait_for, write_video
+from conftest import ROOT, Forked, wait_for, write_video
 from PIL import Image
 
 import data
@@ -107,25 +107,20 @@ def test_real_files_are_checked_as_training_reads_them_and_keep_their_looks(fold
         assert abs(before.std() / after.std() - 1) < 0.02
 
 
-@pytest.mark.parametrize(
-    ('names', 'kind'),
-    [
-        (['1.mp4', '2.gif', '3.mp4', '4.jpg'], 'video'),
-        (['1.jpg', '2.ppm', '3.webp', '4.mp4'], 'image'),
-    ],
-)
-def test_check_reads_a_list_as_training_does(folder, names, kind):
-    for name in names:
-        if name.endswith('.mp4'):
-            write_video(name)
-        else:
-            write_frames(name, 1 if name.endswith('.ppm') else 3 if name.endswith(('.webp', '.gif')) else 1)
-    Path('list.txt').write_text(''.join(f'{name} 0\n' for name in [*names, names[0], 'gone.mp4']))
-    count, lines = prepare.check('list.txt')
+@pytest.mark.parametrize('kind', ['video', 'image'])
+def test_check_reads_a_list_as_training_does(folder, kind):
+    """As one of videos or of images, whichever most of its files are."""
+    names = (
+        ['1.mp4', '2.mp4', 'a.png', 'gone.mp4'] if kind == 'video' else ['a.png', 'b.ppm', 'c.webp', '1.mp4']
+    )
+    for name in names[:-1] if kind == 'video' else names:
+        write_frames(name, 1) if sources.is_image(name) else write_video(name)
+    Path('list.txt').write_text(''.join(f'{name} 0\n' for name in [*names, names[0]]))
     dataset = data.VideoDataset if kind == 'video' else data.ImageDataset
-    files = sources.read_list('list.txt', videos=kind == 'video')
-    assert count == 5 and sum((dataset(files, 'val')[i].bad for i in range(len(files))), []) == lines[::-1]
-    assert {line.split(': ')[0] for line in lines} >= {'gone.mp4', '4.mp4' if kind == 'image' else 'gone.mp4'}
+    samples = dataset(sources.read_list('list.txt', videos=kind == 'video'), 'val')
+    count, lines = prepare.check('list.txt')
+    bad = [samples.files.path(i) for i in range(4) if samples[i].pixels is None]
+    assert count == 4 and [line.split(': ')[0] for line in lines] == sorted(bad) and names[-1] in bad
 
 
 @pytest.mark.quick
@@ -168,9 +163,6 @@ def kill_or_read(name):
         os.kill(os.getpid(), getattr(signal, name))
     if name == 'later':  # when it has no job
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    if name == 'stops':  # when it has no job, and so does not read its next one
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
-        raise ValueError(os.getpid())
     if name == 'sleeps':
         Path('started').touch()
         time.sleep(1000)
@@ -191,14 +183,11 @@ def test_files_that_kill_their_process_are_named_and_cost_no_other(monkeypatch, 
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize('name', ['later', 'stops'])
-def test_a_job_that_was_not_begun_goes_to_another_process(monkeypatch, name):
+def test_a_job_that_was_not_begun_goes_to_another_process(monkeypatch):
     monkeypatch.setattr(command, 'cores', lambda: 1)
-    results = prepare.in_parallel(kill_or_read, [(name,), ('1',), ('2',)], 'reading')
-    _, pid = next(results)
+    results = prepare.in_parallel(kill_or_read, [('later',), ('1',), ('2',)], 'reading')
+    next(results)
     time.sleep(0.5)
-    if name == 'stops':
-        threading.Timer(0.5, os.kill, (int(pid), signal.SIGKILL)).start()
     assert [reason for _, reason in results] == ['', '']
 
 
@@ -360,7 +349,7 @@ def test_encode_makes_images_small_and_copies_what_is_small(folder, capsys):
     picture = Image.fromarray(np.stack([y / 2, x / 3, (y + x) / 8], 2).astype(np.uint8))
     small = picture.crop((0, 0, 80, 100))
     picture.convert('RGBA').save('in/wide.png')
-    small.save('in/small.gif')
+    small.save('in/small.png')
     for image, name, size in ((picture, 'in/torn.jpg', 5000), (small, 'in/torn.png', 200)):
         image.save(name)
         os.truncate(name, size)
@@ -370,7 +359,7 @@ def test_encode_makes_images_small_and_copies_what_is_small(folder, capsys):
     assert 'in: 6 files, 2 of them unreadable' in capsys.readouterr().out
     bad = [line.split(':')[0] for line in Path('out/bad_samples.txt').read_text().splitlines()]
     assert bad == ['in/torn.jpg', 'in/torn.png']
-    for name in ('small.gif', 'small.mp4'):
+    for name in ('small.png', 'small.mp4'):
         assert Path('in', name).read_bytes() == Path('out', name).read_bytes()
     assert Path('in/long.mp4').read_bytes() != Path('out/long.mp4').read_bytes()
     with Image.open('out/wide.png') as image:
@@ -409,7 +398,9 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
         ends_with(1, line)
         said = capsys.readouterr().out
         assert 'in: 4 files, 2 of them unreadable' in said
-        assert len(re.findall('^in/torn.(?:mp4|avi): cut off: [0-9,]+ of at least', said, re.MULTILINE)) == 2
+        assert re.search(r'^in/torn.mp4: cut off: [\d,]+ of at least [\d,]+ bytes', said, re.MULTILINE)
+    with pytest.raises(ValueError, match='cut off'):
+        prepare.check_whole('in/torn.avi')
     assert sorted(os.listdir('out')) == ['bad_samples.txt', 'whole_torn.avi', 'whole_torn.mp4']
 
 
@@ -424,59 +415,85 @@ def test_a_clean_encode_leaves_no_list(folder, capsys):
 
 
 COLOURS = [(180, 60, 60), (60, 180, 60), (60, 60, 180), (200, 200, 40), (128,) * 3, (30,) * 3, (225,) * 3]
-FLAGGED = {  # codec, format, colour space, range, primaries, transfer; 2 and a range of 0 say nothing
-    'unmarked': ('libx264', 'yuv420p', 2, 0, 2, 2),
-    'BT.601': ('libx264', 'yuv420p', 6, 1, 6, 6),
-    'BT.601 of 625 lines': ('libx264', 'yuv420p', 5, 1, 5, 6),
-    'BT.709': ('libx264', 'yuv420p', 1, 1, 1, 1),
-    'BT.709 in full range': ('libx264', 'yuv420p', 1, 2, 1, 1),
-    'full range': ('libx264', 'yuvj420p', 2, 0, 2, 2),
-    '10 bits': ('libx264', 'yuv420p10le', 1, 1, 1, 1),
-    '10 bits in full range': ('libx264', 'yuv420p10le', 1, 2, 1, 1),
-    'SMPTE 240M in 4:2:2': ('libx264', 'yuv422p', 7, 1, 7, 7),
-    'RGB': ('libx264rgb', 'rgb24', 2, 0, 2, 2),
-    'grey': ('ffv1', 'gray', 2, 0, 2, 2),
-    'motion JPEG': ('mjpeg', 'yuvj420p', 2, 0, 2, 2),
-    'BT.709 in full range, turned': ('libx264', 'yuv420p', 1, 2, 1, 1),
+TAGGED = {  # codec, format, colour space, range; 2 and a range of 0 say nothing
+    'unspecified': ('libx264', 'yuv420p', 2, 0),
+    'BT.601': ('libx264', 'yuv420p', 5, 1),
+    'BT.709': ('libx264', 'yuv420p', 1, 1),
+    'BT.709 in full range': ('libx264', 'yuv420p', 1, 2),
+    'BT.2020 in 10 bits': ('libx264', 'yuv420p10le', 9, 1),
+    'RGB': ('libx264rgb', 'rgb24', 2, 0),
+    'grey': ('ffv1', 'gray', 2, 0),
+    'palette': ('gif', 'rgb8', 2, 0),
+    'motion JPEG': ('mjpeg', 'yuvj420p', 2, 0),
+    'turned': ('libx264', 'yuv420p', 1, 1),
 }
 
 
-@pytest.mark.parametrize('name', FLAGGED)
+@pytest.mark.parametrize('name', TAGGED)
 def test_encode_keeps_colours(name, tmp_path):
-    codec, format, space, levels, primaries, transfer = FLAGGED[name]
-    source, target = (str(tmp_path / f'{place}.{"mp4" if codec == "libx264" else "mkv"}') for place in 'ab')
-    flat = np.repeat(np.array(COLOURS, np.uint8), 32, 0)[None].repeat(128, 0)  # (128, 7 * 32, 3)
+    """The means of seven stripes and of the whole, with some noise, as flat colours round all one way."""
+    codec, format, space, levels = TAGGED[name]
+    ending = {'libx264': 'mp4', 'gif': 'gif'}.get(codec, 'mkv')
+    source, target = str(tmp_path / f'a.{ending}'), str(tmp_path / 'b.mp4')
+    stripes = np.repeat(np.array(COLOURS), 32, 0)[None].repeat(128, 0)  # (128, 7 * 32, 3)
+    stripes = (stripes + np.random.default_rng(0).integers(-20, 21, (128, 224, 1))).astype(np.uint8)
     with av.open(source, 'w') as container:
-        stream = container.add_stream(codec, rate=30)
-        stream.height, stream.width, stream.pix_fmt = *flat.shape[:2], format
-        context = stream.codec_context
+        stream = container.add_stream(codec, 30, width=224, height=128)
+        stream.pix_fmt, context = format, stream.codec_context
         context.colorspace, context.color_range = space, levels
-        context.color_primaries, context.color_trc = primaries, transfer
-        for _ in range(3):
-            frame = av.VideoFrame.from_ndarray(flat, 'rgb24')
-            if format != 'rgb24':
-                matrix = {6: 5, 2: None}.get(space, space)
-                frame = frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=levels or None)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    if 'turned' in name:
+        frame = av.VideoFrame.from_ndarray(stripes, 'rgb24')
+        if format.startswith('yuv'):
+            matrix = None if space == 2 else space
+            frame = frame.reformat(format=format, dst_colorspace=matrix, dst_color_range=levels or None)
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    if name == 'turned':
         turn(source)
-    prepare.encode_video(source, target, 256, 4, 21)  # encode_file would copy a video as small
-    colours, marks = [], []
+    prepare.encode_video(source, target, 256, 4, 21)
+    with VideoReader(source) as video, VideoReader(target) as copy:
+        difference = copy.get_batch([0])[0].astype(float) - video.get_batch([0])[0]
+        frame = next(copy.decode())[1]
+    assert [frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc] == [1] * 4  # BT.709
+    difference = difference.swapaxes(0, 1) if name == 'turned' else difference
+    assert np.abs(difference.mean((0, 1))).max() < 1
+    assert np.abs(difference.reshape(128, 7, 32, 3)[:, :, 8:24].mean((0, 2))).max() < 2
+
+
+def test_encode_keeps_the_colours_of_every_line_of_interlaced_video(tmp_path):
+    """A 4:2:0 copy that is not interlaced would mix the colours of neighbouring lines."""
+    flat = np.zeros((64, 96, 3), np.uint8)
+    flat[::2], flat[1::2] = (200, 50, 50), (50, 50, 200)
+    source, target = str(tmp_path / 'a.mkv'), str(tmp_path / 'b.mp4')
+    with av.open(source, 'w') as container:
+        stream = container.add_stream(
+            'mpeg2video', 25, {'flags': '+ildct+ilme', 'q': '2'}, width=96, height=64
+        )
+        stream.pix_fmt = 'yuv422p'
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(flat, 'rgb24').reformat(format='yuv422p')))
+        container.mux(stream.encode(None))
+    prepare.encode_video(source, target, 256, 4, 21)
     for path in (source, target):
         with VideoReader(path) as video:
-            frames = video.get_batch([0, 2]).astype(float)
-            frame = next(video.decode())[1]
-        marks.append((frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc))
-        frames = frames.swapaxes(1, 2) if 'turned' in name else frames
-        assert frames.shape[1:] == flat.shape
-        colours.append(frames[:, 20:-20].reshape(2, 88, 7, 32, 3)[:, :, :, 8:24].mean((0, 1, 3)))
-    assert marks[0] == marks[1] or name == 'RGB' and marks[1][1] == 1
-    if name != 'grey':
-        assert np.abs(colours[0] - COLOURS).max() < 5  # else the source is not what it should be
-    difference = np.subtract(*colours)
-    assert abs(difference.mean()) < 1, difference
-    assert np.abs(difference).max() < 2.6, difference  # how swscale rounds 10 bits, 4:4:4 and 4:2:0 differs
+            assert next(video.decode())[1].interlaced_frame == (path == source)
+            assert np.abs(video.get_batch([0, 2]) - flat.astype(float)).mean() < 8, path
+
+
+def test_a_frame_that_is_shown_for_hours_or_days_delays_the_next_ones(tmp_path):
+    for gap, clock in ((3700, 90_000), (100 * 3600, 5965)):
+        times = [0, 20, 40, gap * 600, gap * 600 + 20]  # in 1/600 s
+        path = write_video(tmp_path / 'a.mkv', 5, times=times)
+        prepare.encode_video(path, str(tmp_path / 'b.mp4'), 256, 4, 21)
+        with VideoReader(tmp_path / 'b.mp4') as copy:
+            np.testing.assert_allclose(copy.times(range(5)), np.array(times) / 600, atol=1e-3)
+            assert copy.stream.time_base.denominator == clock
+
+
+def test_the_same_video_gives_the_same_copy(demo, tmp_path):
+    """libx264's mbtree reads memory that nobody has written; on some machines the result depends on it."""
+    [source, *_] = sorted((demo / 'data/demo/videos_train').iterdir())
+    prepare.encode_video(str(source), str(tmp_path / 'a.mp4'), 32, 4, 21)
+    for path in (source, tmp_path / 'a.mp4'):
+        assert b' mbtree=0 ' in path.read_bytes()
 
 
 UNEVEN = np.cumsum([120 if i % 7 == 3 else 24 for i in range(20)]).tolist()  # in 1/600 s
@@ -487,10 +504,7 @@ UNEVEN = np.cumsum([120 if i % 7 == 3 else 24 for i in range(20)]).tolist()  # i
     [
         ('a.gif', dict(codec='gif', pix_fmt='rgb8', times=UNEVEN)),
         ('a.gif', dict(num_frames=1, codec='gif', pix_fmt='rgb8')),
-        ('a.apng', dict(codec='apng', pix_fmt='rgba')),
         ('a.mov', dict(codec='qtrle', pix_fmt='rgb555be', size=(49, 64))),
-        ('a.y4m', dict(codec='wrapped_avframe')),
-        ('a.f4v', dict(pix_fmt='yuv444p', times=UNEVEN)),
         ('a.m2v', dict(codec='mpeg2video', options={'bf': '2'})),
         ('a.wmv', dict(codec='wmv2', size=(48, 64), times=UNEVEN)),
         ('a.avi', dict(num_frames=6, codec='mjpeg', pix_fmt='yuvj420p', times=range(0, 480, 80))),
@@ -519,15 +533,14 @@ def test_encode_leaves_nothing_half_written_on_a_full_disk(folder, fails):
     assert os.listdir(folder / 'out') == ['bad_samples.txt']
 
 
+def encode_asleep(source, target, *settings):
+    open(f'{target}.part', 'w')
+    kill_or_read('sleeps')
+
+
 def test_an_encode_has_its_folder_alone_and_ctrl_c_ends_it_in_one_line(folder):
     write_video('in/a.mp4', num_frames=5)
-    code = """
-def encode_file(source, target, *settings):
-    open(f'{target}.part', 'w')
-    test_prepare.kill_or_read('sleeps')
-prepare.encode_file = encode_file
-prepare.main(['encode', 'in', 'out'])
-"""
+    code = "prepare.encode_file = test_prepare.encode_asleep\nprepare.main(['encode', 'in', 'out'])"
     process = in_another_process(code, folder)
     wait_for(Path('started').exists)
     with pytest.raises(ValueError, match='out is in use by another encode'):
@@ -584,19 +597,6 @@ def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys
     assert line == f'prepare.py: {folder}/in: 11 samples in a row are unreadable'
 
 
-def test_show_draws_the_clips_of_a_run_and_different_classes(folder, monkeypatch):
-    for i in range(4):
-        write_video(f'{i}.mp4', num_frames=30 + i)
-    Path('list.txt').write_text('0.mp4 0\n1.mp4 0\n2.mp4 1\n3.mp4 4\n')
-    drawn = []
-    monkeypatch.setattr(prepare, 'draw_rows', lambda out, rows, titles, size: drawn.append((rows, titles)))
-    prepare.main('show a.png --video-list list.txt --clip-len 3 --frame-interval 2 --size 56'.split())
-    [(rows, titles)] = drawn
-    assert [title.split()[0] for title in titles if title] == ['0.mp4', '2.mp4', '3.mp4']
-    fed = data.VideoDataset(sources.read_list('list.txt'), size=56, clip_len=3, frame_interval=2)[0, 2].pixels
-    assert torch.equal(rows[3], fed.transpose(0, 1)) and len(rows[2]) == 3
-
-
 def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
     Path('in/torn.mp4').write_bytes(b'nothing')
     for write in (
@@ -617,38 +617,23 @@ def test_titles_are_whole_and_legible(tmp_path):
     rows, long = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], 'taken for ' * 40 + 'x' * 300
     lines = command.ascii_lines(long, 40)
     assert ''.join(lines).replace(' ', '') == long.replace(' ', '') and max(map(len, lines)) <= 40
+    assert command.ascii_lines('Pokémon 中 \udcff', 99) == [r'Pokemon \u4e2d \udcff']
     heights = []
     for title in ('short', long):
         command.draw_rows(tmp_path / 'a.png', rows, [title], 8)
-        picture = np.asarray(Image.open(tmp_path / 'a.png'))
-        heights.append(len(picture))
-        assert picture.shape[1] >= 480 and (picture[:, -8:] == 255).all()
+        heights.append(Image.open(tmp_path / 'a.png').height)
     assert heights[1] - heights[0] >= 16 * 7
 
 
 def test_short_rows_stand_beside_each_other(tmp_path):
-    levels, reds = range(1, 240, 40), torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
-    reds[:, 0, 0] = torch.tensor(levels)[:, None, None]
+    reds = torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
+    reds[:, 0, 0] = torch.arange(1, 240, 40)[:, None, None]
     command.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
     picture = np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
-    places = [np.argwhere((picture == (level, 0, 0)).all(-1)) for level in levels]
-    assert [len(place) for place in places] == [64] * 6
-    corners = [tuple(place.min(0)) for place in places]
+    corners = [np.argwhere((picture == (red, 0, 0)).all(-1)).min(0) for red in range(1, 240, 40)]
     assert [x // 240 for _, x in corners] == [0, 1, 2, 3, 0, 1] and picture.shape[1] == 960
     tops = [y for y, _ in corners]
-    assert len(set(tops[:4])) == len(set(tops[4:])) == 1 and tops[4] - tops[0] >= 8 + 2 * 16
-    long = [red[..., :1].expand(8, 3, 8, 100) for red in reds[:2]]
-    command.draw_rows(tmp_path / 'a.png', long, ['', ''], 8)
-    assert Image.open(tmp_path / 'a.png').width == 8 * (100 + 2) + 2  # long ones do not
-
-
-def test_letters_are_letters_or_their_numbers_but_no_boxes():
-    for title, drawn in {
-        'Pokémon über niña Łódź': r'Pokemon uber nina \u0141odz',
-        '\u1234中': r'\u1234\u4e2d',
-        'lone \udcff and\nline': r'lone \udcff and line',
-    }.items():
-        assert command.ascii_lines(title, 99) == [drawn]
+    assert len({*tops[:4]}) == len({*tops[4:]}) == 1 and tops[4] - tops[0] >= 8 + 2 * 16
 
 
 # demo and messages ----------------------------------------------------------------------------------------
@@ -669,36 +654,40 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
+def test_two_outputs_of_one_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command.check_writable('a', 'b', '/dev/null', '/dev/null')
+    with pytest.raises(OSError, match='a: two outputs of one name'):
+        command.check_writable('a', 'b', f'{tmp_path}/a')
+
+
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
         ('check nowhere.txt', 'prepare.py: nowhere.txt: No such file or directory'),
         ('check empty', 'empty: no videos or images below it'),
-        ('check empty --out empty', 'empty: Is a directory'),
         ('check empty --out nowhere/bad.txt', 'nowhere/bad.txt: No such file or directory'),
         ('check data/demo/video_train.txt', 'any other at the start of data/demo/video_train.txt; --root'),
         ('encode nowhere out', 'nowhere: not a folder'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
-        ('encode data/demo data/demo/small', 'data/demo/small: the copy needs a folder of its own'),
-        ('encode empty out', 'empty: no videos or images below it'),
         ('encode in out --crf 52', "argument --crf: '52' is not a whole number of at least 0, below 52"),
         ('encode in out --gop 3000000000', "argument --gop: '3000000000' is not"),
-        ('encode in out --short-side 0', "argument --short-side: '0' is not"),
         ('demo data/demo/video_train.txt', 'Not a directory'),
         ('show a.png --video-list nothing.txt', 'nothing.txt: no such list'),
+        ('encode in out --gopp 2', 'unrecognized arguments: --gopp 2 (--help lists all flags)'),
         ('show nowhere/a.png', 'nowhere/a.png cannot be written'),
     ],
 )
 def test_mistakes_are_one_line(demo, fails, command, message):
     (demo / 'empty').mkdir(exist_ok=True)
-    line = fails(prepare.main, command, code=2 if message.startswith('argument') else 1)
+    line = fails(prepare.main, command, code=2 if 'argument' in message else 1)
     assert line.startswith('prepare.py') and message in line
 
 
 def test_help(capsys):
     ends_with(0, '--help')
     assert 'encode SRC DST' in capsys.readouterr().out
-    for command in ('demo', 'check', 'encode', 'show'):
-        ends_with(0, f'{command} --help')
+    for name in ('demo', 'check', 'encode', 'show'):
+        ends_with(0, f'{name} --help')
         text = capsys.readouterr().out
-        assert text.startswith(f'usage: prepare.py {command} ') and 'in_parallel' not in text
+        assert text.startswith(f'usage: prepare.py {name} ') and 'in_parallel' not in text
