@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import uuid
 import warnings
 import zipfile
@@ -101,19 +100,18 @@ def load(path: str | os.PathLike) -> dict:
     """
     path = local(path)
     saved = read(path)
-    networks = networks_in(saved, path)
+    networks = networks_in(saved)
+    if not networks:
+        raise ValueError(f'{path}: no weights found in it; expected a checkpoint of train.py or of MMAction2')
     name, *others = networks
     if others:
         say_once(f'{path}: taking the weights in {name!r}; it also has {", ".join(map(repr, others))}')
     if sum(value.nbytes for value in networks[name].values()) > os.path.getsize(path):
         raise ValueError(f'{path}: its weights are larger than the file')
-    if name == 'model' and 'settings' in saved:  # train.py's, perhaps of a network with other names
-        check_values(saved, path)
-        return saved | {'model': networks[name]}
-    try:
+    if name != 'model' or 'settings' not in saved:
         return {'model': from_mmaction2(networks[name])}
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+    check_values(saved, path)  # train.py's, perhaps of a network with other names
+    return saved | {'model': networks[name]}
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -181,21 +179,20 @@ class Inert:
 def read(path: str | os.PathLike) -> object:
     """What a file holds: tensors, plain values, and `Inert` in the place of all else. Raises OSError, or
     ValueError if `torch.save` did not write it."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # others may never end
+    if os.path.exists(path) and not os.path.isfile(path):  # others may never end
         raise ValueError(f'{path}: not a regular file')
     with open(path, 'rb') as file:
-        start = file.read(60)
+        is_archive = file.read(2) == b'PK'
     try:
-        fault = archive_fault(path) if start.startswith(b'PK') else ''
+        fault = archive_fault(path) if is_archive else ''
         if not fault:
-            return unpickle(path)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_archive else []
+            inert = torch.serialization.safe_globals([(Inert, name) for name in foreign])
+            with inert, warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # torch's, about formats that it refuses or reads anyway
+                return torch.load(path, map_location='cpu', weights_only=True)
     except Exception:  # a damaged file can raise anything
         fault = 'not a checkpoint of train.py or MMAction2, or a damaged one'
-        if not start:
-            fault = 'not a checkpoint: the file is empty'
-        elif not re.search(rb'[^\s -\xff]', start):  # no control characters
-            text = ' '.join(start.decode(errors='ignore').split())
-            fault = f'not a checkpoint, but text that begins {text!r}'
     raise ValueError(f'{path}: {fault}')
 
 
@@ -211,30 +208,16 @@ def archive_fault(path: str | os.PathLike) -> str:
         return f'a damaged checkpoint (wrong checksum: {damaged})' if damaged else ''
 
 
-def unpickle(path: str | os.PathLike) -> object:
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (OSError, ValueError):  # torch's old format
-        foreign = []
-    with torch.serialization.safe_globals([(Inert, name) for name in foreign]), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch's, about formats that it refuses or reads anyway
-        return torch.load(path, map_location='cpu', weights_only=True)
-
-
-def networks_in(saved: object, path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
+def networks_in(saved: object) -> dict[str, dict[str, Tensor]]:
     """The state_dicts in a file by their keys, those of train.py and MMAction2 first; the key of the file
-    itself is ''. ValueError if there are none."""
-    content = saved if isinstance(saved, dict) else {}
+    itself is ''."""
     networks = {}
-    for name in ('model', 'state_dict', '', *content):
-        part = content if name == '' else content.get(name)
-        if isinstance(part, dict):
-            state = {key: value for key, value in part.items() if isinstance(key, str) and is_stored(value)}
-            if state:
-                networks[name] = state
-    if not networks:
-        raise ValueError(f'{path}: no weights found in it; expected a checkpoint of train.py or of MMAction2')
-    return networks
+    if isinstance(saved, dict):
+        parts = {'model': saved.get('model'), 'state_dict': saved.get('state_dict'), '': saved} | saved
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                networks[name] = {k: v for k, v in part.items() if isinstance(k, str) and is_stored(v)}
+    return {name: state for name, state in networks.items() if state}
 
 
 def is_stored(value: object) -> bool:
@@ -246,45 +229,32 @@ def is_stored(value: object) -> bool:
 
 def check_values(saved: dict, path: str | os.PathLike) -> None:
     """ValueError if a checkpoint of train.py has values, besides tensors, that no run would save."""
+    state = {'step': 0, 'steps_per_epoch': 1, 'epoch': 0, 'best': [0, None]}
+    state |= {'lists': {}, 'scaler': {}} | saved
     try:
-        good = settings_fit(saved['settings']) and state_fits(saved)
+        settings, (top1, digests) = state['settings'], state['best']
+        items = [item for value in settings.values() for item in (value if type(value) is list else [value])]
+        labels = [state.get(f'{source}_labels') for source in ('video', 'image')]
+        texts = [text for part in [*labels, digests] if part is not None for text in part]
+        files = [value for key, value in settings.items() if key.endswith(('_list', '_root'))]
+        texts += [value for value in files if value is not None]
+        sizes = [index(settings.get(key, 1)) for key in ('size', 'clip_len', 'frame_interval')]
+        step, steps_per_epoch, epoch = (index(state[key]) for key in ('step', 'steps_per_epoch', 'epoch'))
+        numbers = [top1, *state['scaler'].values()]
+        good = (
+            all(isinstance(item, (str, int, float, type(None))) for item in items)
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(part, (list, type(None))) for part in labels)
+            and all(isinstance(number, (int, float)) for number in numbers)
+            and all(0 < size < 2**16 for size in sizes)
+            and 0 <= step - epoch * steps_per_epoch <= steps_per_epoch
+            and 0 <= epoch < 2**63 > steps_per_epoch > 0
+            and all(len(training) == 2 for training, _ in state['lists'].values())
+        )
     except (AttributeError, RuntimeError, TypeError, ValueError):  # from a value of another type
         good = False
     if not good:
         raise ValueError(f'{path}: not a run of train.py, which would not save such values')
-
-
-def settings_fit(settings: dict) -> bool:
-    sizes = [index(settings.get(key, 1)) for key in ('size', 'clip_len', 'frame_interval')]
-    files = [value for key, value in settings.items() if key.endswith(('_list', '_root'))]
-    plain = [item for value in settings.values() for item in (value if isinstance(value, list) else [value])]
-    return (
-        all(0 < size < 2**16 for size in sizes)
-        and all(isinstance(name, (str, type(None))) for name in files)
-        and all(isinstance(item, (str, int, float, type(None))) for item in plain)
-    )
-
-
-def state_fits(saved: dict) -> bool:
-    state = {
-        'step': 0,
-        'steps_per_epoch': 1,
-        'epoch': 0,
-        'best': [0, None],
-        'scaler': {},
-        'lists': {},
-    } | saved
-    step, steps_per_epoch, epoch = (index(state[key]) for key in ('step', 'steps_per_epoch', 'epoch'))
-    top1, digests = state['best']  # of the best validation, and of its list
-    labels = [value for key, value in state.items() if str(key).endswith('_labels')]
-    texts = sum([value for value in [*labels, digests] if value is not None], [])
-    return (
-        0 <= step - epoch * steps_per_epoch <= steps_per_epoch
-        and 0 <= epoch < 2**63 > steps_per_epoch > 0
-        and all(isinstance(value, (int, float)) for value in [top1, *state['scaler'].values()])
-        and all(isinstance(text, str) for text in texts)
-        and all(len(training) == 2 for training, _ in state['lists'].values())
-    )
 
 
 # Into a network -------------------------------------------------------------------------------------------
@@ -468,10 +438,7 @@ PREFIXES = re.compile(r'((module|_orig_mod|model)\.)*(backbone\.)?')
 
 def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a checkpoint from elsewhere -> ours: an official one, a plain SlowOnly, a 2D ResNet,
-    or ours with a prefix. If it has no image statistics, the videos' take their place.
-
-    ValueError if two weights get the same name.
-    """
+    or ours with a prefix. If it has no image statistics, the videos' take their place."""
     ours = {}
     for theirs, value in state_dict.items():
         key = theirs[PREFIXES.match(theirs).end() :]
@@ -482,8 +449,6 @@ def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
                 key = after + key.removeprefix(before)
         if value.ndim == 5:  # (O, I, 1, kH, kW) -> (O, I, kH, kW) and (O, I, 3, 1, 1) -> (O, I, 3, 1)
             value = value.squeeze(2 if value.shape[2] == 1 else 4)
-        if key in ours:
-            raise ValueError(f'weights of two networks; both have {key}, one of them as {theirs}')
         ours[key] = value
     for key in [key for key in ours if '.running_' in key and '_head.' not in key]:
         ours.setdefault(key.replace('.running_', '.image_running_'), ours[key].clone())
@@ -548,7 +513,7 @@ def fetch(url: str, target: Path, digits: str | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # torch would wait forever
         torch.hub.download_url_to_file(url, str(beside), digits)
-        networks_in(read(beside), beside)  # torch does not notice when a transfer breaks off
+        read(beside)  # torch does not notice when a transfer breaks off
         os.replace(beside, target)
     except (OSError, ValueError, RuntimeError, HTTPException) as error:
         reason = str(error).replace(f'{beside}:', 'what came:')
