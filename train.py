@@ -329,7 +329,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     step, epoch, best = 0, 0, [-1.0, None]
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
-        checkpoint.load_momentum(optimizer, saved['optimizer'], path)
+        with together():
+            checkpoint.load_momentum(optimizer, saved['optimizer'], path)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         # With other GPUs an epoch has other steps: the share that is done stays the same.
