@@ -172,7 +172,7 @@ def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo
     assert momenta == [shape for shape in heads if shape]
     assert all(record['frozen'] for record in records(demo / 'frozen'))
     result = run(f'{options} --init undisturbed1/latest.pth', demo, expect=1)
-    assert 'frozen/latest.pth: has --freeze True, now False' in result.stderr
+    assert 'frozen/latest.pth: --freeze was True there and is False now' in result.stderr
 
 
 def test_three_ranks_resume_exactly(demo, dies):
@@ -358,4 +358,4 @@ def test_labels_that_change_their_meaning_are_refused_on_resume(demo):
     swapped = [f'{line[:-1]}{(int(line[-1]) + 1) % 8}' for line in lines]
     check('the same videos have other labels now than when it was saved', swapped, labels)
     check('changed since the checkpoint: the list of training videos', lines[:-1], labels, status=0)
-    check('named/latest.pth: has --width 8, now 24; --work-dir takes another', lines, labels, '--width 24')
+    check('named/latest.pth: --width was 8 there and is 24 now', lines, labels, '--width 24')
