@@ -11,9 +11,8 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,14 +32,18 @@ from runtime.distributed import CONTEXT, cores, end_with_parent, say
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite int or float of at least `low`, or `above` it, and below `high`."""
+    wanted = f'a whole number of at least {low}' if kind is int else f'a number of at least {low}'
+    if above:
+        wanted = f'a number above {low}'
+    if high < math.inf:
+        wanted += f', below {high}'
 
     def parse(text: str) -> float:
         with suppress(ValueError):
             value = kind(text)
             if low <= value < high and not (above and value == low):
                 return value
-        wanted = f'a {"whole " * (kind is int)}number {"above" if above else "of at least"} {low}'
-        raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}' + f', below {high}' * (high < math.inf))
+        raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}')
 
     return parse
 
@@ -130,7 +133,7 @@ def ascii_lines(text: str, width: int) -> list[str]:
 
 # Many files on all cores ----------------------------------------------------------------------------------
 
-LINE_EVERY = 60  # seconds, where there is no terminal for a progress bar
+LINE_EVERY = 60  # seconds, if there is no terminal for a progress bar
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
@@ -139,46 +142,22 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
     `reason` is '' or one line: what function(*job) raised, or that it killed its process; no other job is
     lost by that. Raises OSError on a full disk.
     """
-    reasons, first, said = {}, 0, time.monotonic()
+    count, said = cores(), time.monotonic()
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
-        for ended in rounds(function, jobs):
-            reasons |= ended
-            bar.update(len(ended))
-            if bar.disable and time.monotonic() > said + LINE_EVERY:
-                say(f'{title}: {first + len(reasons)} of {len(jobs)} files', sys.stderr)
-                said = time.monotonic()
-            while first in reasons:
-                yield jobs[first], reasons.pop(first)
-                first += 1
-
-
-def rounds(function: Callable, jobs: list[tuple]) -> Iterator[dict[int, str]]:
-    """Do the jobs, one per core at a time. At least once a second, yield {number: reason} of those that have
-    ended meanwhile."""
-    waiting, running, count = deque(range(len(jobs))), {}, cores()
-    while waiting:
-        with pool_of(count) as pool, suppress(BrokenProcessPool):
-            while waiting or running:
-                while waiting and len(running) < count:
-                    future = submit(pool, function, jobs[waiting[0]])
-                    running[future] = waiting.popleft()
-                ended = wait(running, 1, FIRST_COMPLETED).done
-                yield {running[future]: future.result() for future in ended}
-                for future in ended:
-                    del running[future]
-        # After the death of a process nobody knows whose job it was: those in flight get one each.
-        for future, number in running.items():
-            yield {number: alone(function, jobs[number]) if future.exception() else future.result()}
-        running.clear()
-
-
-def alone(function: Callable, job: tuple) -> str:
-    """The reason of one job, done in a process of its own."""
-    with pool_of(1) as pool:
-        try:
-            return submit(pool, function, job).result()
-        except BrokenProcessPool:
-            return 'its process died: a decoder crash, or out of memory'
+        for start in range(0, len(jobs), 64 * count):
+            part = jobs[start : start + 64 * count]
+            with pool_of(count) as pool:
+                futures = [pool.submit(attempt, function, job) for job in part]
+                for number, (job, future) in enumerate(zip(part, futures), start + 1):
+                    try:
+                        reason = future.result()
+                    except BrokenProcessPool:  # a process has died; nobody knows whose job it had
+                        reason = attempt_alone(function, job)
+                    bar.update()
+                    if bar.disable and time.monotonic() > said + LINE_EVERY:
+                        say(f'{title}: {number} of {len(jobs)} files', sys.stderr)
+                        said = time.monotonic()
+                    yield job, reason
 
 
 @contextmanager
@@ -190,21 +169,13 @@ def pool_of(count: int) -> Iterator[ProcessPoolExecutor]:
     finally:
         for process in multiprocessing.active_children():
             process.kill()
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def begin_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process alone
     end_with_parent()
     torch.set_num_threads(1)
-
-
-def submit(pool: ProcessPoolExecutor, function: Callable, job: tuple) -> Future:
-    """Hand over a job. Processes that start here inherit that Ctrl-C is not for them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(attempt, function, job)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def attempt(function: Callable, job: tuple) -> str:
@@ -216,3 +187,12 @@ def attempt(function: Callable, job: tuple) -> str:
             raise OSError(f'{error}; the files that are finished stay') from None
         return one_line(error)
     return ''
+
+
+def attempt_alone(function: Callable, job: tuple) -> str:
+    """The same, in a process of its own that may die."""
+    with pool_of(1) as pool:
+        try:
+            return pool.submit(attempt, function, job).result()
+        except BrokenProcessPool:
+            return 'its process died: a decoder crash, or out of memory'

@@ -667,7 +667,7 @@ def test_two_outputs_of_one_name_are_refused(tmp_path, monkeypatch):
         ('check nowhere.txt', 'prepare.py: nowhere.txt: No such file or directory'),
         ('check empty', 'empty: no videos or images below it'),
         ('check empty --out nowhere/bad.txt', 'nowhere/bad.txt: No such file or directory'),
-        ('check data/demo/video_train.txt', 'any other at the start of data/demo/video_train.txt; --root'),
+        ('check data/demo/video_train.txt', 'others from all over data/demo/video_train.txt; --root'),
         ('encode nowhere out', 'nowhere: not a folder'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
         ('encode in out --crf 52', "argument --crf: '52' is not a whole number of at least 0, below 52"),
