@@ -296,7 +296,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
         with together():
-            checkpoint.load_optimizer(optimizer, saved['optimizer'], path)
+            checkpoint.load_momentum(optimizer, saved['optimizer'], path)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         # With other GPUs an epoch has other steps: the share that is done stays the same.

@@ -333,7 +333,7 @@ def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
     network.load_state_dict(state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
+def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
     """Copy a run's momentum into the buffers of `optimizer`, which keeps its own settings. ValueError if one
     does not fit; a fused step would write outside it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]

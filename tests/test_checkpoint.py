@@ -291,7 +291,7 @@ def test_momentum_is_copied_or_refused(trained):
     for entry in saved['state'].values():
         entry['momentum_buffer'].uniform_()
     saved['param_groups'][0]['lr'] = 7.0
-    checkpoint.load_optimizer(new, saved, 'a.pth')
+    checkpoint.load_momentum(new, saved, 'a.pth')
     assert new.param_groups[0]['lr'] == 0.1
     for number, entry in new.state_dict()['state'].items():
         assert torch.equal(entry['momentum_buffer'], saved['state'][number]['momentum_buffer'])
@@ -300,9 +300,9 @@ def test_momentum_is_copied_or_refused(trained):
     for odd in (torch.zeros(2), torch.zeros(1).expand(shape), torch.zeros(shape).long(), 'x', None):
         line = f'a.pth: its momentum of parameter 0 is not {shape}, torch.float32'
         saved['state'][0]['momentum_buffer'] = odd
-        assert fault(checkpoint.load_optimizer, optimizer(), saved, 'a.pth') == line
+        assert fault(checkpoint.load_momentum, optimizer(), saved, 'a.pth') == line
     for odd in ({}, {'state': None}, {'state': {}}, None):
-        assert fault(checkpoint.load_optimizer, optimizer(), odd, 'a.pth') == line
+        assert fault(checkpoint.load_momentum, optimizer(), odd, 'a.pth') == line
 
 
 def test_which_of_several_networks_is_taken_is_said(tmp_path, trained, capsys):
