@@ -258,73 +258,10 @@ def train_step(
 # The run --------------------------------------------------------------------------------------------------
 
 
-<<<<<<< HEAD
 def wrap(network: nn.Module, args: argparse.Namespace, sources: list, device: torch.device) -> nn.Module:
     """What is trained: the network, compiled and in DistributedDataParallel if asked for. It shares the
     network's weights."""
     wrapped = network
-=======
-def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """A whole run, from the lists to the last checkpoint. Every process calls it, with the same settings."""
-    if args.auto_scale_lr:
-        args.lr *= args.videos_per_gpu * args.accumulate * world_size() / 128
-    precision, why = distributed.pick_precision(args.precision, device)
-    workers = distributed.default_workers() if args.workers is None else args.workers
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # makes cuBLAS deterministic
-    torch.use_deterministic_algorithms(args.deterministic)
-    torch.backends.cudnn.benchmark = not args.deterministic
-
-    # Data and checkpoint. An error in one process inside `together` ends all of them with its line.
-    with together():
-        logger = log.Log(args.work_dir, device, args.freeze)  # makes the folder and locks it
-        if args.demo and rank() == 0:
-            prepare.make_demo('data/demo')
-    with together():
-        saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
-        checkpoint.fit_size(args, saved, path)
-        sources = open_sources(args)
-        sizes = {source.name: len(source.train) for source in sources}
-        per_gpu = {source.name: source.per_gpu for source in sources}
-        sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
-        if saved:
-            compare_data(saved, args, sources, path)
-    lists = {s.name: [own and fingerprint(own.files) for own in (s.train, s.val)] for s in sources}
-    found = saved and [saved[key] for key in ('step', 'epoch', 'best')]
-    own = ('_list', '_root', '_labels', '_dir', 'workers')  # these may differ between nodes
-    settings = {key: value for key, value in vars(args).items() if not key.endswith(own)}
-    distributed.agree((found, lists, precision, settings), 'settings, lists or checkpoints')
-
-    # The network with its first weights: random ones, a checkpoint's, or those that a flag names.
-    torch.manual_seed(args.seed)
-    classes = {'video_classes': 0, 'image_classes': 0} | {f'{s.name}_classes': s.classes for s in sources}
-    network = OmniSlowOnly(**classes, layers=args.layers, width=args.width)
-    with together():
-        if saved:
-            checkpoint.load_into(network, saved['model'], path)
-        else:
-            checkpoint.first_weights(network, args, sources, sampler.steps_per_epoch)
-    network.to(device)
-    if args.freeze:
-        network.freeze_trunk()
-    statistics = running_statistics(network)
-    optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
-
-    # The state of a run: steps done, epochs done and validated, the best top-1 with the set it belongs to.
-    # The rate, the order of samples and all random numbers follow from the step and the settings.
-    step, epoch, best = 0, 0, [-1.0, None]
-    steps_per_epoch = sampler.steps_per_epoch
-    if saved:  # by `save`, below
-        with together():
-            checkpoint.load_momentum(optimizer, saved['optimizer'], path)
-        if saved['scaler']:
-            scaler.load_state_dict(saved['scaler'])
-        # With other GPUs an epoch has other steps: the share that is done stays the same.
-        step, epoch = saved['step'] * steps_per_epoch // saved['steps_per_epoch'], saved['epoch']
-        best = saved['best']
-
-    wrapped = network  # `network` is saved and validated, `wrapped` is trained
->>>>>>> checkpoint
     if args.compile:
         distributed.check_compiler(device)
         # Inductor would leave channels-last where a convolution over three frames narrows. CUDA graphs save
