@@ -86,8 +86,7 @@ class FileDataset(Dataset):
         drawn from the same key replaces an unreadable one."""
         if self.mode != 'train':
             return self.read(key, None, [])
-        replacements, bad = self.generator('replacements', *key), []
-        index = key[1]
+        replacements, bad, index = self.generator('replacements', *key), [], key[1]
         while True:
             # A replacement is augmented like the one that it replaces: by the key, not by its own index.
             sample = self.read(index, self.generator('augmentation', *key), bad)
@@ -200,8 +199,9 @@ class ImageDataset(FileDataset):
         if image.format not in ('JPEG', 'MPO'):  # metadata may come last, or change the size
             image = upright(image)
         width, height = image.size
-        if orientation(image) in (5, 6, 7, 8):  # lies on its side
-            width, height = height, width
+        with suppress(Exception):  # broken metadata can raise anything; the picture may be sound
+            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+                width, height = height, width
         top, left, h, w = crop_box(height, width, rng)
         # libjpeg decodes a JPEG far larger than needed at a half, a quarter or an eighth of its size.
         scale = self.size / min(h, w)
@@ -225,12 +225,6 @@ def open_image(path: str) -> Image.Image:
     if image.format == 'EPS':  # Pillow would hand it to another program to draw
         raise ValueError('EPS is a drawing, not a picture')
     return image
-
-
-def orientation(image: Image.Image) -> int | None:
-    """How a camera was held, 1 to 8 as EXIF counts; None if unknown."""
-    with suppress(Exception):  # broken metadata can raise anything; the picture may be sound
-        return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -14,8 +14,7 @@ these; it is assumed to follow the published recipe, with the labels of Kinetics
 GPU if there is one, else on the CPU.
 
 --features writes arrays for `numpy.load`: features (N, 2048) and scores (N, classes), both means over the
-views; paths; and, for a set, labels. Unreadable files have NaN. If videos and images are mixed, so do the
-scores for the classes that the smaller head lacks.
+views; paths; and, for a set, labels. What is unreadable has NaN, and so have classes that a head lacks.
 """
 
 import argparse
@@ -90,10 +89,8 @@ def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, 
     lines = []
     for label, wrong in errors.most_common(count):
         taken = sorted(predicted[(labels == label) & (predicted != label) & (predicted >= 0)].tolist())
-        shown = 'unreadable'
-        if taken:
-            most = Counter(taken).most_common(3)
-            shown = 'taken for ' + ', '.join(f'{class_name(names, i)} ({times})' for i, times in most)
+        most = [f'{class_name(names, i)} ({times})' for i, times in Counter(taken).most_common(3)]
+        shown = f'taken for {", ".join(most)}' if most else 'unreadable'
         lines.append(f'{class_name(names, label)}: {wrong} of {(labels == label).sum()} wrong, {shown}')
     return lines
 
@@ -313,10 +310,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.files and (args.dump or args.show or args.val_list or args.images):
         parser.error('--dump, --show, --images and --val-list measure a set; here are files to classify')
-    if args.timeline and args.csv:
-        parser.error('--csv has the labels of whole files, --timeline those of moments; take one of them')
-    if (args.timeline or args.csv) and not args.files:
-        parser.error('--timeline needs a video to classify, --csv any files; for sets, --dump has the scores')
+    if not args.files and (args.timeline or args.csv):
+        parser.error('--timeline and --csv need files to classify; for sets, --dump has the scores')
     return args
 
 
@@ -330,7 +325,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     """The command itself, once its processes have joined."""
     with together():
         if rank() == 0:
-            check_writable(*filter(None, (args.dump, args.features, args.show, args.csv)))
+            check_writable(args.dump, args.features, args.show, args.csv)
         saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
@@ -410,19 +405,18 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
     with together():
         dataset = open_set(network, args, trained, settings, names)
     workers = distributed.default_workers() if args.workers is None else args.workers
-    title, batch, wanted = f'{len(dataset)} {kind}s', 16 if args.images else 1, bool(args.features)
-    rows, labels, bad = predict(network, kind, dataset, args.precision, batch, workers, title, wanted)
+    batch, title = 16 if args.images else 1, f'{len(dataset)} {kind}s'
+    rows, labels, bad = predict(
+        network, kind, dataset, args.precision, batch, workers, title, bool(args.features)
+    )
     scores, features = np.split(rows, [classes(network, kind)], axis=1)
     for line in bad:
         say(f'unreadable, counted as wrong: {line}', file=sys.stderr)
-    text = f'{len(dataset)} {kind}s of {scores.shape[1]} classes, '
-    text += 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
-    if bad:
-        text += f', {len(bad)} of them unreadable'
-    say(text)
-    result = accuracy(scores, labels)
+    views = 'centre crop' if args.images else f'{args.clips} clips x {args.crops} crops'
+    unreadable = f', {len(bad)} of them unreadable' if bad else ''
+    say(f'{len(dataset)} {kind}s of {scores.shape[1]} classes, {views}{unreadable}')
     titles = {'top1': 'top-1', 'top5': 'top-5', 'mean1': 'mean class'}
-    say('   '.join(f'{titles[key]} {value:.2%}' for key, value in result.items()))
+    say('   '.join(f'{titles[key]} {value:.2%}' for key, value in accuracy(scores, labels).items()))
     mistakes = confusions(scores, labels, names[kind])
     if mistakes:
         say('most errors:\n  ' + '\n  '.join(mistakes))

@@ -146,8 +146,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Refuse settings that exclude each other; fill in those that depend on others."""
-    if not args.work_dir:
-        parser.error('--work-dir must not be empty')
     if args.size is not None and args.size % 7:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
     if args.init and args.init_2d:
@@ -158,10 +156,6 @@ def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         args.warmup_epochs = round(args.epochs * 34 / 256)
     if args.warmup_epochs > args.epochs:
         parser.error(f'--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}')
-    for flag in ('video', 'val', 'image', 'image-val'):
-        list_name, root = (f'{flag}_{part}'.replace('-', '_') for part in ('list', 'root'))
-        if os.path.isdir(getattr(args, list_name) or '') and getattr(args, root) != parser.get_default(root):
-            parser.error(f'--{flag}-list is a folder of class folders, --{flag}-root is for lists')
     # The published validation sets fit the published training lists only.
     if args.val_list is None and args.video_list == parser.get_default('video_list'):
         args.val_list = evaluate.VAL_LIST
@@ -436,24 +430,13 @@ def main(argv: list[str] | None = None) -> nn.Module:
             if args.demo and rank() == 0:
                 prepare.make_demo('data/demo')
         network = train(args, device)
-        ckpt = ['--ckpt', f'{args.work_dir}/latest.pth']
-        tests = []
-        if args.val_list and not args.image_only:
-            tests.append(ckpt)
-        if args.image_val_list and not args.video_only:
-            tests.append([*ckpt, '--images'])
+        ckpt = f'--ckpt {shlex.quote(args.work_dir)}/latest.pth'
         if args.demo and not args.no_validate:
-            for test in tests:
-                say(f'\nevaluate.py {shlex.join(test)}')
-                evaluate.run(evaluate.parse_args(test), device)
-        example = 'YOUR.mp4'
-        if args.image_only:
-            example = 'YOUR.jpg'
-        elif args.demo:
-            example = f'{args.val_root}/dots_rising_000.mp4'
-        say(f'\nNext: python evaluate.py {shlex.join(ckpt)} {example}')
-        if tests:
-            say(f'Next: python evaluate.py {shlex.join([*tests[0], "--dump", "result.pkl"])}')
+            for line in [ckpt, f'{ckpt} --images'][args.image_only : 2 - args.video_only]:
+                say(f'\nevaluate.py {line}')
+                evaluate.run(evaluate.parse_args(shlex.split(line)), device)
+        example = 'data/demo/videos_val/dots_rising_000.mp4' if args.demo else 'YOUR_FILE'
+        say(f'\nNext: python evaluate.py {ckpt} {example}')
     return network
 
 

@@ -3,7 +3,7 @@
     with VideoReader('clip.mp4') as video:
         frames = video.get_batch([0, 8, 16])  # uint8 (3, H, W, 3), RGB
 
-Needs PyAV and NumPy, and nothing else of this project.
+Needs PyAV, NumPy and runtime/headers.py, and nothing else of this project.
 """
 
 import os

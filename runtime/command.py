@@ -78,16 +78,16 @@ def whole_file(path: str, mode: str = 'wb', **options) -> Iterator[IO]:
     say(f'wrote {path}')
 
 
-def check_writable(*paths: str) -> None:
-    """Raise OSError if `whole_file` would fail at once for one of the paths, or if two are the same file."""
-    for path in paths:
+def check_writable(*paths: str | None) -> None:
+    """Raise OSError if `whole_file` would fail at once for one of the paths, or if two are one file."""
+    seen = set()
+    for path in filter(None, paths):
         there = path if is_device(path) else os.path.dirname(path) or '.'
         if os.path.isdir(path) or not os.access(there, os.W_OK):
             raise OSError(f'{path}: cannot be written')
-    real = [os.path.realpath(path) for path in paths if not is_device(path)]
-    for path in real:
-        if real.count(path) > 1:
+        if os.path.realpath(path) in seen:
             raise OSError(f'{path}: two outputs of one name')
+        seen.add(os.path.realpath(path))
 
 
 def is_device(path: str) -> bool:

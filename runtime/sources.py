@@ -69,9 +69,6 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
                 f'--{name}-labels takes a file with their names'
             )
         val_files = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
-        if os.path.isdir(list_file) and not label_map and not os.path.isdir(val_list):
-            ends = f'label 0 as {labels[0]!r}, {classes - 1} as {labels[-1]!r}'
-            say(f'{val_list}: taking {ends}, in the order of the class folders')
 
     options = {'size': args.size}
     if videos:
@@ -90,11 +87,9 @@ def open_list(
     """The samples of --PREFIX-list and --PREFIX-root."""
     flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
-        without = '`train.py --video-only` does without images; ' if prefix.startswith('image') else ''
         raise FileNotFoundError(
-            f'{list_file}: no such list or folder of class folders, seen from {os.getcwd()} '
-            f'({flag}-list); {without}the README shows how data is laid out, and `python train.py --demo` '
-            'makes a small set of its own'
+            f'{list_file}: no such list or folder of class folders ({flag}-list), seen from {os.getcwd()}; '
+            '`python train.py --demo` makes a small set of its own'
         )
     files = read_list(list_file, root, classes, videos, labels)
     check_there(files, list_file, f'{flag}-root')
@@ -124,17 +119,14 @@ def say_classes(files: FileList, name: str, list_file: str, labels: list[str] | 
     counts = np.bincount(files.labels, minlength=classes)
     if np.count_nonzero(counts) < 2:
         raise ValueError(f'{list_file}: all {len(files)} {name}s are of one class, which teaches nothing')
-    texts = [f'{labels[i] if labels else f"class {i}"} ({count})' for i, count in enumerate(counts)]
-    text = f'{len(files)} {name}s of {classes} classes: {", ".join(texts[:10])}'
+    names = labels if labels else [f'class {i}' for i in range(classes)]
+    text = ', '.join(f'{name} ({count})' for name, count in zip(names[:10], counts))
     if classes > 10:
-        text += f' and {classes - 10} more'
-    if counts.min() < counts.max():
-        text += f'; from {texts[counts.argmin()]} to {texts[counts.argmax()]}'
-    if not counts.all():
-        text += f'; classes without {name}s: {np.count_nonzero(counts == 0)}'
+        least, most = counts.argmin(), counts.argmax()
+        text += f', ...; from {names[least]} ({counts[least]}) to {names[most]} ({counts[most]})'
     if not counts[0] and not labels:
         text += '; labels are expected to count from 0'
-    say(f'{list_file}: {text}')
+    say(f'{list_file}: {len(files)} {name}s of {classes} classes: {text}')
 
 
 # What has changed since a checkpoint ----------------------------------------------------------------------
@@ -250,28 +242,17 @@ def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[
     if not names:
         names = class_names(folder)
         if num_classes not in (None, len(names)):
-            raise ValueError(
-                f'{folder}: {len(names)} class folders; only a list can say which of the {num_classes} '
-                'classes they are'
-            )
-        if num_classes:
-            say(f'{folder}: the classes have no names, so its folders are numbered in their order')
+            raise ValueError(f'{folder}: {len(names)} class folders, but {num_classes} classes without names')
     numbers = {name: number for number, name in enumerate(names)}
     paths = [path[start:] for path in files_below(folder, endings)]
     class_of = {path: path.partition(os.sep)[0] for path in paths if os.sep in path}
     unknown = sorted(set(class_of.values()) - numbers.keys())
     if unknown:
-        raise ValueError(
-            f'{os.path.join(folder, unknown[0])}: not a known class; the {len(names)} trained ones begin '
-            f'with {", ".join(names[:3])}'
-        )
+        raise ValueError(f'{os.path.join(folder, unknown[0])}: not a known class, as {names[0]} is')
     if not class_of:
-        raise ValueError(
-            f'{folder}: no CLASS/NAME{endings[0]} or the like in it; a list of "path label" works too'
-        )
+        raise ValueError(f'{folder}: no CLASS/NAME{endings[0]} or the like in it; a list works too')
     if len(class_of) < len(paths):
-        said = f'{len(paths) - len(class_of)} of {len(paths)} files are in no class folder and left out'
-        say(f'{folder}: {said}')
+        say(f'{folder}: {len(paths) - len(class_of)} files are in no class folder and left out')
     labels = np.array([numbers[name] for name in class_of.values()], dtype=np.int64)
     return FileList(np.array([*map(os.fsencode, class_of)]), labels, folder)
 
@@ -304,7 +285,7 @@ def is_image(path: str) -> bool:
 def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
     """The files below a folder that have one of the endings, in alphabetical order. Links are followed. Says
     what is left out, hidden files aside."""
-    files, others, skipped = [], [], []
+    found, skipped = [], []
     for parent, folders, names in os.walk(folder, onerror=skipped.append, followlinks=True):
         for name in [*folders]:
             inside = os.path.join(parent, name)
@@ -314,17 +295,15 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
             if circular or not is_data(name):
                 folders.remove(name)
                 skipped.append(OSError(0, 'not a folder of data', inside))
-        for name in names:
-            if not name.startswith('.') and name != 'bad_samples.txt':
-                kept = files if name.lower().endswith(endings) else others
-                kept.append(os.path.join(parent, name))
+        found += [os.path.join(parent, name) for name in names if not name.startswith('.')]
     for error in skipped:
         if not os.path.basename(error.filename).startswith('.'):
             say(f'{error.filename}: left out, {error.strerror}')
+    files = [path for path in found if path.lower().endswith(endings)]
+    others = [path for path in set(found).difference(files) if os.path.basename(path) != 'bad_samples.txt']
     if others:
-        count = f'{len(others)} of {len(files) + len(others)} files'
-        reason = f'its ending is none of {", ".join(endings[:4])}, ...'
-        say(f'{folder}: {count} are left out, such as {min(others)}: {reason}')
+        reason = f'not of {", ".join(endings[:4])}, ...'
+        say(f'{folder}: {len(others)} of {len(found)} files are left out, such as {min(others)}: {reason}')
     return sorted(files, key=lambda path: path.replace(os.sep, '\0'))
 
 

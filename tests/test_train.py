@@ -70,11 +70,8 @@ def test_demo_trains_validates_and_tests(trained):
     ):
         assert line in output
     assert 'image_top1' in output and 'image_top5' not in output and 'video_top5' in output  # of four classes
-    own, last = output.strip().splitlines()[-2:]
-    assert last == 'Next: python evaluate.py --ckpt work_dirs/demo/latest.pth --dump result.pkl'
-    result = run(last.removeprefix('Next: python '), folder)
-    assert '16 videos of 8 classes, 10 clips x 3 crops' in result.stdout and (folder / 'result.pkl').exists()
-    assert '.mp4 (video)' in run(own.removeprefix('Next: python '), folder).stdout
+    line = output.strip().splitlines()[-1].removeprefix('Next: python ')
+    assert '.mp4 (video)' in run(line, folder).stdout
     assert '12 images' in run('evaluate.py --ckpt work_dirs/demo/best.pth --images', folder).stdout
 
 
@@ -265,9 +262,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
         ('--demo --video-only --image-only', '--image-only leaves no videos'),
         ('--demo --epochs 3 --warmup-epochs 4', '--warmup-epochs 4 is more than --epochs 3'),
         ('--demo --momentum 5 --lr 1', "'5' is not a number of at least 0, below 1"),
-        ('--demo --lr 1 --work-dir=', '--work-dir must not be empty'),
         ('--demo --lr 1 --epoks 3', 'unrecognized arguments: --epoks 3'),
-        ('--lr 1 --video-list data --video-root data', '--video-list is a folder .*, --video-root is'),
         ('--demo --work-dir taken', 'taken: no checkpoint in it can be resumed'),
     ],
 )
