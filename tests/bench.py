@@ -200,7 +200,9 @@ def loader(args: argparse.Namespace) -> None:
         sampler = data.JointSampler({'video': 300, 'image': 2000}, per_gpu)
         keys = [sampler.batch(step) for step in range(50 * sampler.steps_per_epoch)]
         for workers in (1, 2):
-            batches = iter(distributed.loader(joint, workers, batch_sampler=keys, collate_fn=data.collate))
+            size = (8 * clips + images) * 3 * 224 * 224  # bytes of a batch
+            loaded = distributed.loader(joint, workers, size, batch_sampler=keys, collate_fn=data.collate)
+            batches = iter(loaded)
             pids = [worker.pid for worker in batches._workers]
             for _ in range(3 * workers):  # until all run and their queues are full
                 next(batches)
@@ -354,7 +356,7 @@ def step(args: argparse.Namespace) -> None:
         net = torch.compile(network, options=options) if compiled else network
         optimizer = torch.optim.SGD(network.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
-        return partial(train.train_step, net, optimizer, scaler, [batch], [0], device, precision)
+        return partial(train.train_step, net, optimizer, scaler, [batch], [0], 999, device, precision)
 
     def kinds(precision: str, compiled: bool) -> Iterator[tuple[str, Callable]]:
         title = precision + ' (TF32)' * (on_gpu and precision == 'fp32') + ', compiled' * compiled

@@ -11,45 +11,45 @@ from pathlib import Path
 from time import monotonic
 
 FAULTS = r"""
-model.py | BatchNorm moves ten times as fast | momentum=0.01 => momentum=0.1
-model.py | with --accumulate it moves faster | module.own_momentum / per_step => module.own_momentum
-model.py | images have the statistics of videos | 'image_running' if is_image else 'running' => 'running'
+model.py | BatchNorm moves ten times as fast | MOMENTUM = 0.01 => MOMENTUM = 0.1
+model.py | the first steps do not count evenly | max(1 / (step + 1), module.final_momentum) => module.final_momentum
 model.py | an image meets the middle tap only | self.weight.sum(2, keepdim=True) => self.weight[:, :, 1:2]
+model.py | pixels from 0 to 1 pass | if x.max() <= 1: => if False:
 video.py | a video that has to be turned is not | (True, b < 0, c < 0) if => (False, False, False) if
 video.py | frames are in the order of the file | place = sorted(shown, key=pts.__getitem__) => place = shown
-video.py | a wrong key frame is sought | before if pts[-1] < pts[latest] else latest => latest
+video.py | a wrong key frame is sought | before if packet.pts < pts[latest] else latest => latest
+video.py | times that lie are believed | require(all(earlier < later for earlier, later in pairwise(shown))) => pass
+video.py | playlists are opened | options |= {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'} => pass
+runtime/headers.py | a rotation in a message is lost | HARMLESS = (0, 1, 4, 5, 6, => HARMLESS = (0, 1, 4, 5, 6, 47,
 data.py | the last clip is never drawn | frame_interval, 0) + 1 => frame_interval, 1)
-data.py | height, width swapped | box or crop_box(height, width, rng) => box or crop_box(width, height, rng)
-data.py | no video is mirrored | rng.random() < 0.5 else frames => False else frames
-data.py | every epoch augments alike | {what}', self.seed, epoch, index) => {what}', self.seed, index)
-data.py | what an epoch leaves over is drawn | start += step // self.steps_per_epoch * left => pass
+data.py | height, width swapped | crop_box(*frame.shape[:2], rng) => crop_box(*frame.shape[1::-1], rng)
+data.py | no video is mirrored | clip = clip.flip(-1) => pass
+data.py | every epoch augments alike | {what}', self.seed, nth_pass, index) => {what}', self.seed, index)
+data.py | what an epoch leaves over is drawn | start = epoch * self.sizes[source] + step => start = epoch * 0 + step
 data.py | replacements are not seeded | replacements.integers(len(self)) => np.random.randint(len(self))
-data.py | a replacement has the label of the other | self.files.labels[place] => self.files.labels[index]
-runtime/distributed.py | SIGTERM saves nothing | 'SIGTERM', 'SIGINT' => 'SIGINT'
+data.py | a replacement has the label of another | int(self.files.labels[index]) => int(self.files.labels[0])
+runtime/distributed.py | SIGTERM saves nothing | STOP_SIGNALS = [signal.SIGTERM, => STOP_SIGNALS = [
 runtime/distributed.py | two runs share a folder | error.errno not in (errno.EACCES, errno.EAGAIN) => True
-runtime/checkpoint.py | renamed before it is on disk | os.fsync(file.fileno()) => pass
 runtime/checkpoint.py | written in place | beside = folder / f'{name}.tmp' => beside = folder / name
-runtime/checkpoint.py | a download's hash is ignored | str(beside), digits and digits[1]) => str(beside))
+runtime/checkpoint.py | a download's hash is ignored | download_url_to_file(url, str(beside), digits) => download_url_to_file(url, str(beside))
 runtime/checkpoint.py | a checkpoint's code is run | weights_only=True => weights_only=False
 runtime/checkpoint.py | a weight has a wrong name for MMAction2 | cls_head.fc3d.6. => cls_head.fc3d.5.
-runtime/sources.py | lines are counted from 0 | (file, *encoding), 1) => (file, *encoding), 0)
+runtime/checkpoint.py | images start with statistics 0 and 1 | if trained == ['video'] and video in state: => if False:
+runtime/sources.py | lines are counted from 0 | enumerate(file, 1) => enumerate(file, 0)
 runtime/guard.py | the exit status is the signal | sys.exit(128 + signum) => sys.exit(signum)
-runtime/guard.py | ranks outlive their launcher | self.launcher not in (None, os.getppid()) => False
-runtime/guard.py | unreadable files are not counted | bool(lost), due, len(bad), => bool(lost), due, 0,
+runtime/guard.py | unreadable files are not counted | len(bad), drawn => 0, drawn
 runtime/log.py | a resumed run begins its log anew | os.devnull, 'a', => os.devnull, 'w',
 runtime/log.py | the losses are those of one rank | distributed.average([means]) => pass
-runtime/command.py | a file that kills a process is good | = 'its process died => = '' and 'its process died
+runtime/command.py | a file that kills a process is good | return 'its process died => return '' and 'its process died
 prepare.py | encode writes in place | part, as_image = f'{target}.part', => part, as_image = target,
 flops.py | a multiply-accumulate counts as two | counted // 2 => counted
 evaluate.py | logits are averaged | logits.float().softmax(1) => logits.float()
-evaluate.py | only the first view counts | (len(good), -1)).mean(1) => (len(good), -1))[:, 0]
+evaluate.py | images are folded with the videos' | if is_image: => if False:
 evaluate.py | --show draws the wrong pictures | dataset[int(i)].pixels => dataset[len(rows)].pixels
 train.py | the warm-up ends a step late | / max(warmup - 1, 1) => / max(warmup, 1)
 train.py | every step drops out alike | 'dropout', args.seed, step, n) => 'dropout', args.seed, n)
-train.py | gradients are not clipped | (net.parameters(), clip_norm) => (net.parameters(), math.inf)
-train.py | no weight decay | weight_decay=weight_decay, fused => weight_decay=0, fused
-train.py | each rank keeps its own statistics | distributed.average(statistics) => pass
-train.py | the last validation is the best | best = [top1, own] => pass
+train.py | gradients are not clipped | (network.parameters(), clip_norm) => (network.parameters(), math.inf)
+train.py | each batch starts from the last one's statistics | torch._foreach_copy_(statistics, before) => pass
 train.py | a resumed run leaves out a step | saved['step'] * steps => (saved['step'] + 1) * steps
 """.strip().splitlines()  # file | what is wrong | text => what it becomes
 
