@@ -209,13 +209,14 @@ def train_step(
     """
     set_momentum(network, step)
     statistics = running_statistics(network)
-    before = [statistic.clone() for statistic in statistics]
-    mean = [torch.zeros_like(statistic) for statistic in statistics]
-    results = []
+    # With several batches, each begins with the same statistics, and the mean of what they become counts.
+    before = [statistic.clone() for statistic in statistics] if len(batches) > 1 else []
+    mean, results = [torch.zeros_like(value) for value in before], []
     optimizer.zero_grad()
     for micro, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
-        torch._foreach_copy_(statistics, before)  # where every process would begin
+        for statistic, value in zip(statistics, before):
+            statistic.copy_(value)
         pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
         labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
         # DDP is to add up the processes' gradients once a step, not for each batch; its `no_sync` sets this.
@@ -228,15 +229,17 @@ def train_step(
             losses = {source: F.cross_entropy(logits[source], labels[source]) for source in batch}
             loss = sum(losses.values()) / len(batches)
         scaler.scale(loss).backward()  # the shared weights get the gradients of both
-        torch._foreach_add_(mean, statistics, alpha=1 / len(batches))
+        for value, statistic in zip(mean, statistics):
+            value += statistic / len(batches)
         results.append({})
         for source in batch:
             results[-1][f'{source}_loss'] = losses[source].detach()
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
 
+    for statistic, value in zip(statistics, mean):
+        statistic.copy_(value)
     # A moving average is linear, so its mean over batches and processes is the reference's mean over GPUs.
-    distributed.average(mean)  # DDP is told to leave BatchNorm's statistics alone
-    torch._foreach_copy_(statistics, mean)
+    distributed.average(statistics)  # DDP is told to leave them alone
 
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)

@@ -49,7 +49,7 @@ evaluate.py | --show draws the wrong pictures | dataset[int(i)].pixels => datase
 train.py | the warm-up ends a step late | / max(warmup - 1, 1) => / max(warmup, 1)
 train.py | every step drops out alike | 'dropout', args.seed, step, n) => 'dropout', args.seed, n)
 train.py | gradients are not clipped | (network.parameters(), clip_norm) => (network.parameters(), math.inf)
-train.py | each batch starts from the last one's statistics | torch._foreach_copy_(statistics, before) => pass
+train.py | only the last batch's statistics count | value += statistic / len(batches) => value.copy_(statistic)
 train.py | a resumed run leaves out a step | saved['step'] * steps => (saved['step'] + 1) * steps
 """.strip().splitlines()  # file | what is wrong | text => what it becomes
 
