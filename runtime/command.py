@@ -3,6 +3,7 @@ on all cores. Begin with `Parser`, `whole_file` and `in_parallel`."""
 
 import argparse
 import errno
+import gc
 import math
 import multiprocessing
 import os
@@ -196,6 +197,7 @@ def pool_of(count: int) -> Iterator[ProcessPoolExecutor]:
 def begin_process() -> None:
     end_with_parent()
     torch.set_num_threads(1)
+    gc.freeze()  # what is there already need not be looked at after each job
 
 
 def submit(pool: ProcessPoolExecutor, function: Callable, job: tuple) -> Future:
@@ -215,4 +217,6 @@ def attempt(function: Callable, job: tuple) -> str:
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise OSError(f'{error}; the files that are finished stay') from None
         return one_line(error)
+    finally:
+        gc.collect()  # a few large frames may wait for it
     return ''
