@@ -3,6 +3,7 @@ on all cores. Begin with `Parser`, `whole_file` and `in_parallel`."""
 
 import argparse
 import errno
+import gc
 import math
 import multiprocessing
 import os
@@ -176,6 +177,7 @@ def begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process alone
     end_with_parent()
     torch.set_num_threads(1)
+    gc.freeze()  # what is there already need not be looked at after each job
 
 
 def attempt(function: Callable, job: tuple) -> str:
@@ -186,6 +188,8 @@ def attempt(function: Callable, job: tuple) -> str:
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise OSError(f'{error}; the files that are finished stay') from None
         return one_line(error)
+    finally:
+        gc.collect()  # a few large frames may wait for it
     return ''
 
 
