@@ -621,7 +621,7 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
 
 def test_two_outputs_of_one_name_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command.check_writable('a', 'b', '/dev/null', '/dev/null')
+    command.check_writable('a', 'b', None, '/dev/null')
     with pytest.raises(OSError, match='a: two outputs of one name'):
         command.check_writable('a', 'b', f'{tmp_path}/a')
 
