@@ -12,7 +12,7 @@ from time import monotonic
 
 FAULTS = r"""
 model.py | BatchNorm moves ten times as fast | MOMENTUM = 0.01 => MOMENTUM = 0.1
-model.py | first steps do not count evenly | max(1 / (step + 1), module.final_momentum) => module.final_momentum
+model.py | first steps do not count evenly | max(1 / (step + 1), => max(0,
 model.py | an image meets the middle tap only | self.weight.sum(2, keepdim=True) => self.weight[:, :, 1:2]
 model.py | pixels from 0 to 1 pass | if x.max() <= 1: => if False:
 video.py | no video is turned | (True, b < 0, c < 0) if => (False, False, False) if
@@ -20,7 +20,7 @@ video.py | frames are in the order of the file | place = sorted(shown, key=pts._
 video.py | a wrong key frame is sought | before if packet.pts < pts[latest] else latest => latest
 video.py | times that lie are believed | require(all(earlier < later => require(all(True
 video.py | playlists are opened | {'format_whitelist': FORMATS, => {
-runtime/headers.py | a rotation in a message is lost | HARMLESS = (0, 1, 4, 5, 6, => HARMLESS = (0, 1, 4, 5, 6, 47,
+runtime/headers.py | a rotation in a message is lost | (0, 1, 4, 5, 6, => (0, 1, 4, 5, 6, 47,
 data.py | the last clip is never drawn | frame_interval, 0) + 1 => frame_interval, 1)
 data.py | height, width swapped | (*frame.shape[:2], rng) => (*frame.shape[1::-1], rng)
 data.py | no video is mirrored | clip = clip.flip(-1) => pass
@@ -34,13 +34,13 @@ runtime/checkpoint.py | written in place | beside = folder / f'{name}.tmp' => be
 runtime/checkpoint.py | a download's hash is ignored | str(beside), digits) => str(beside))
 runtime/checkpoint.py | a checkpoint's code is run | weights_only=True => weights_only=False
 runtime/checkpoint.py | a weight has a wrong name | cls_head.fc3d.6. => cls_head.fc3d.5.
-runtime/checkpoint.py | images start with statistics 0 and 1 | if trained == ['video'] and video in state: => if False:
+runtime/checkpoint.py | images start with statistics 0 and 1 | trained == ['video'] => trained == ['x']
 runtime/sources.py | lines are counted from 0 | enumerate(file, 1) => enumerate(file, 0)
 runtime/guard.py | the exit status is the signal | sys.exit(128 + signum) => sys.exit(signum)
 runtime/guard.py | unreadable files are not counted | len(bad), drawn => 0, drawn
 runtime/log.py | a resumed run begins its log anew | os.devnull, 'a', => os.devnull, 'w',
 runtime/log.py | the losses are those of one rank | distributed.average([means]) => pass
-runtime/command.py | a file that kills a process is good | return 'its process died => return '' and 'its process died
+runtime/command.py | a file that kills a process is good | 'its process died => '' and 'its process died
 prepare.py | encode writes in place | part, as_image = f'{target}.part', => part, as_image = target,
 flops.py | a multiply-accumulate counts as two | counted // 2 => counted
 evaluate.py | logits are averaged | logits.float().softmax(1) => logits.float()
