@@ -37,8 +37,8 @@ def generator(purpose: str, *numbers: int) -> Rng:
 
 @dataclass
 class FileList:
-    """The files of a list, in arrays: reference counts would make each fork copy a million Python strings,
-    page by page."""
+    """The files of a list, in arrays: touching a Python string's reference count in a forked worker copies
+    its page of memory, and there can be a million."""
 
     paths: np.ndarray  # bytes (N,), below `root`
     labels: np.ndarray  # int64 (N,)
@@ -86,7 +86,9 @@ class FileDataset(Dataset):
         drawn from the same key replaces an unreadable one."""
         if self.mode != 'train':
             return self.read(key, None, [])
-        replacements, bad, index = self.generator('replacements', *key), [], key[1]
+        nth_pass, index = key
+        replacements = self.generator('replacements', nth_pass, index)
+        bad = []
         while True:
             # A replacement is augmented like the one that it replaces: by the key, not by its own index.
             sample = self.read(index, self.generator('augmentation', *key), bad)
@@ -111,7 +113,7 @@ class VideoDataset(FileDataset):
 
     mode 'train': `dataset[pass, index]` has a random crop of a random clip, (3, T, size, size). The recipe
     resizes frames to a short side of 256 before it crops. Here the original frame is cropped and resized
-    once. The crop is the same: its place and size are drawn as shares of the sides, not in pixels.
+    once. Crops have the same distribution, as area, ratio and place scale with the frame.
     mode 'val':   `dataset[index]` has one view, the middle clip's centre crop, (1, 3, T, size, size).
     mode 'test':  `dataset[index]` has num_clips x num_crops views, (V, 3, T, S, S): clips spread evenly over
     the video, cropped at S, the short side that videos are resized to (256 for size 224).
@@ -136,9 +138,9 @@ class VideoDataset(FileDataset):
         """A random clip, cropped and perhaps mirrored, all frames alike, (3, T, size, size)."""
         indices = sample_frames(len(video), self.clip_len, self.frame_interval, rng=rng)[0]
         # A clip that starts over at the end of a short video has frames twice; each is decoded once.
-        wanted, order = np.unique(indices, return_inverse=True)
+        wanted, inverse = np.unique(indices, return_inverse=True)
         crops = []
-        for _, frame in video.frames(wanted):
+        for _, frame in video.frames(wanted):  # each once, in ascending order
             if not crops:
                 top, left, height, width = crop_box(*frame.shape[:2], rng)
             crop = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)[None]
@@ -150,19 +152,19 @@ class VideoDataset(FileDataset):
         clip = resize(torch.cat(crops), self.size, self.size)  # (T, 3, size, size)
         if self.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
-        return clip[order].transpose(0, 1)
+        return clip[inverse].transpose(0, 1)
 
     def views(self, video: VideoReader) -> Tensor:
         """Evenly spread clips under one or three crops each, (V, 3, T, S, S)."""
         num_clips = self.num_clips if self.mode == 'test' else 1
         clips = sample_frames(len(video), self.clip_len, self.frame_interval, num_clips)  # (clips, T)
-        wanted, order = np.unique(clips.ravel(), return_inverse=True)
+        wanted, inverse = np.unique(clips.ravel(), return_inverse=True)
         frames = []
         for _, frame in video.frames(wanted):  # made small at once: 80 frames of 4K would take 2 GB
             height, width = short_side_to(self.short_side, *frame.shape[:2])
             frame = torch.from_numpy(frame).permute(2, 0, 1)[None]  # (1, 3, H, W)
             frames.append(resize_as_opencv(frame, height, width))
-        frames = torch.cat(frames)[order]  # (clips * T, 3, H, W)
+        frames = torch.cat(frames)[inverse]  # (clips * T, 3, H, W)
         if self.mode == 'val':
             crops = center_crop(frames, self.size)[None]
         elif self.num_crops == 3:
@@ -178,7 +180,7 @@ class ImageDataset(FileDataset):
     """The listed images, uint8.
 
     mode 'train': `dataset[pass, index]` has a random crop, (3, size, size).
-    mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
+    mode 'val' or 'test': `dataset[index]` has one view, the centre crop, (1, 3, size, size).
     """
 
     @property
@@ -229,11 +231,11 @@ def open_image(path: str) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """An opened picture, decoded, rotated as its metadata says, in 8 bits. A second call changes nothing.
-    Raises ValueError if nothing says which grey is white; a damaged file can raise any Exception."""
+    Raises ValueError for 32-bit grey, whose white is unknown; a damaged file can raise any Exception."""
     image.load()
     with suppress(Exception):  # as above
         ImageOps.exif_transpose(image, in_place=True)  # to spare a copy
-    if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
+    if image.mode == 'F' or (image.mode == 'I' and image.format not in ('PNG', 'PPM')):
         raise ValueError('32-bit grey, whose white is unknown; save it as 16-bit')
     if image.mode.startswith('I'):  # over 8 bits of grey, which convert() would clip at 255
         bits = image.tag_v2[ExifTags.Base.BitsPerSample][0] if image.format == 'TIFF' else 16
@@ -260,9 +262,9 @@ def sample_frames(
 ) -> np.ndarray:
     """Frame numbers of `num_clips` clips of a video with `num_frames` frames -> int64 (num_clips, clip_len).
 
-    With `rng` (training), each clip starts at random, with clip_len * frame_interval frames ahead of it.
+    With `rng` (training), each clip starts at random, so that clip_len * frame_interval frames remain.
     Without it (validation and test), a single clip lies in the middle and several are spread evenly from
-    start to end. A video too short for a clip starts over at its end.
+    start to end. A video too short for a clip wraps around.
     """
     if rng is not None:
         starts = rng.integers(max(num_frames - clip_len * frame_interval, 0) + 1, size=num_clips)
@@ -276,8 +278,8 @@ def sample_frames(
 
 def crop_box(height: int, width: int, rng: Rng) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop: 0.08 to 1 of the area, a ratio of 3/4 to 4/3. If ten
-    tries do not fit, it is the centre square."""
-    for _ in range(10):  # in the order in which torchvision and the reference draw: area, then ratio
+    tries do not fit, it is the centre square, as in MMAction2."""
+    for _ in range(10):
         area = rng.uniform(0.08, 1) * height * width
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         h, w = max(round(math.sqrt(area / ratio)), 1), max(round(math.sqrt(area * ratio)), 1)
@@ -311,17 +313,18 @@ def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (..., C, H, W) -> (..., C, height, width): bilinear, half-pixel centres, no antialiasing."""
+    """uint8 (C, H, W) or (N, C, H, W) -> the same, height x width: bilinear, half-pixel centres, no
+    antialiasing."""
     pixels = pixels.movedim(-3, -1).contiguous().movedim(-1, -3)  # torch resizes interleaved RGB fastest
     batch = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
     return F.interpolate(batch, (height, width), mode='bilinear').view(*pixels.shape[:-2], height, width)
 
 
 def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (N, C, H, W) -> (N, C, height, width): the same, rounded bit for bit like OpenCV's INTER_LINEAR.
+    """uint8 (N, C, H, W) -> (N, C, height, width): like `resize`, but bit for bit as OpenCV's INTER_LINEAR.
 
-    Its sums are cut off where torch rounds, so about one value in ten is one level darker than the exact
-    result. Published scores depend on that, so evaluation does the same; training need not.
+    OpenCV cuts off where torch rounds, so one value in eight is one level darker than the exact result.
+    Published scores depend on that, so the evaluation of videos does the same; training need not.
     """
     if pixels.shape[-2:] == (height, width):
         return pixels
@@ -331,14 +334,15 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
         at = ((torch.arange(new_size, dtype=torch.float64) + 0.5) / (new_size / size) - 0.5).float()
         first = at.floor()
         weights = [(part * 2048).round().int() for part in (1 - (at - first), at - first)]
-        return *(place.long().clamp(0, size - 1) for place in (first, first + 1)), *weights
+        neighbours = [place.long().clamp(0, size - 1) for place in (first, first + 1)]
+        return *neighbours, *weights
 
     top, bottom, top_weight, bottom_weight = taps(pixels.shape[-2], height)
     left, right, left_weight, right_weight = taps(pixels.shape[-1], width)
     resized = torch.empty(*pixels.shape[:-2], height, width, dtype=torch.uint8)
     for frame, out in zip(pixels, resized):
         frame = frame.contiguous()
-        # Two weights of 11 bits make 22, which OpenCV drops in three steps: 4, then 16, then 2 with rounding.
+        # Two weights of 2048ths make 22 bits too many. OpenCV drops 4, then 16, then rounds off 2.
         rows = (frame[..., left].int() * left_weight + frame[..., right].int() * right_weight) >> 4
         upper, lower = rows[..., top, :] * top_weight[:, None], rows[..., bottom, :] * bottom_weight[:, None]
         out.copy_(((upper >> 16) + (lower >> 16) + 2) >> 2)
@@ -349,7 +353,7 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """The samples that a step draws of one source."""
+    """The samples of one source in a batch."""
 
     pixels: Tensor | None  # uint8 (B, 3, T, H, W) or (B, 3, H, W); None if any is missing
     labels: Tensor  # int64 (B,)
@@ -418,13 +422,13 @@ class JointSampler:
 
 
 def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
-    """A step's samples -> {source: Batch}, clips and images in channels-last memory."""
+    """A batch's samples -> {source: Batch}, clips and images in channels-last memory. In a worker, the pixels
+    are stacked into shared memory, from which the main process reads them uncopied."""
     batch = {}
     for source in dict.fromkeys(source for source, _ in samples):
         own = [sample for name, sample in samples if name == source]
         pixels = None
         if all(sample.pixels is not None for sample in own):
-            # It stacks into shared memory, so a worker's batch reaches the main process uncopied.
             pixels = default_collate([sample.pixels.movedim(0, -1) for sample in own]).movedim(-1, 1)
         labels = torch.tensor([sample.label for sample in own])
         paths = [sample.path for sample in own]

@@ -27,8 +27,8 @@ class DualStatsBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d with shared weights, but separate running statistics for clips and for images.
 
     In training, each batch is normalized by its own statistics, as usual. `running_mean` and `running_var`
-    follow the videos only. Images, from any source, have `image_running_mean` and `image_running_var`, so
-    that they can be evaluated too.
+    follow the videos only. Batches of images have `image_running_mean` and `image_running_var`, so that they
+    can be evaluated too.
     """
 
     def __init__(self, channels: int):
@@ -50,7 +50,7 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
     in eval mode, and theirs do not change."""
     learning = [module for module in network.modules() if module.training]
     named = [item for module in learning for item in module.named_buffers(recurse=False)]
-    return [buffer for name, buffer in named if 'running_' in name]
+    return [buffer for name, buffer in named if 'running_' in name]  # not num_batches_tracked
 
 
 def set_momentum(network: nn.Module, step: int) -> None:
@@ -71,7 +71,8 @@ class TemporalConv(nn.Conv2d):
     """Convolution over three frames at each place: the (3, 1, 1) kernel of a Conv3d, as a 2D convolution.
 
     The weight is (out, in, 3, 1). x: (B*T, C, H, W) -> (B*T, out, H, W). In channels-last memory the clip
-    viewed as (B, C, T, H*W) is channels-last again, so nothing is copied.
+    viewed as (B, C, T, H*W) is channels-last again, so nothing is copied. A single frame is taken for a
+    picture that stands still, not for a clip with nothing around it.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -80,7 +81,7 @@ class TemporalConv(nn.Conv2d):
     def forward(self, x: Tensor, frames: int) -> Tensor:
         if frames == 1:
             # In a repeated still picture, all three taps would see the same pixels: so one tap, their sum.
-            return F.conv2d(x, self.weight.sum(2, keepdim=True), self.bias)  # no bias until one is folded in
+            return F.conv2d(x, self.weight.sum(2, keepdim=True), self.bias)  # `fold_batchnorm` adds a bias
         height, width = x.shape[2:]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)  # (B*T, C, H, W) -> (B, C, T, H*W)
         x = super().forward(x)
@@ -88,8 +89,7 @@ class TemporalConv(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1 (over three frames if `temporal`), 3x3 with the stride, 1x1 to 4 * width; added to the
-    shortcut."""
+    """1x1 (over three frames if `temporal`), 3x3 with the stride, 1x1 to 4 * width; plus the shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int, temporal: bool):
         super().__init__()
@@ -214,8 +214,8 @@ class OmniSlowOnly(nn.Module):
         return getattr(self, f'{source}_head', None)
 
     def features(self, x: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W) or images (B, 3, H, W) -> their mean feature over time and space, (B, 32 *
-        width)."""
+        """Clips (B, 3, T, H, W) or images (B, 3, H, W) -> features (B, 32 * width), means over time and
+        space."""
         is_image = x.ndim == 4
         frames = 1 if is_image else x.shape[2]
         if not is_image:
@@ -233,16 +233,16 @@ class OmniSlowOnly(nn.Module):
 
     def to_normalized(self, x: Tensor) -> Tensor:
         """uint8 or float pixels 0..255 -> mean 0, deviation 1. Raises ValueError if the first batch of floats
-        is not above 1: scaled to 0..1, as other programs want it, all pictures would be black."""
-        looks = not (self.checked_range or x.is_meta or torch.compiler.is_compiling())
-        if looks and x.is_floating_point():
+        is not above 1: pixels scaled to 0..1 would all look black."""
+        can_check = not (self.checked_range or x.is_meta or torch.compiler.is_compiling())
+        if can_check and x.is_floating_point():
             if x.max() <= 1:
                 raise ValueError('pixels are at most 1; the network takes uint8, or floats from 0 to 255')
             self.checked_range = True  # once is enough: on a GPU, looking at a value waits for it
         return (x - self.mean) / self.std
 
     def forward(self, x: dict[str, Tensor] | Tensor, images: Tensor | None = None):
-        """{source: pixels} -> {source: logits}, the form that training uses.
+        """{source: pixels} -> {source: logits}, the form that training uses: DDP wants one call a step.
 
         For convenience also: clips (B, 3, T, H, W) or images (B, 3, H, W) -> logits; both -> a pair of
         logits.

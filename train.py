@@ -136,6 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--log-interval', 'steps per log line', type=count, default=20)
     add('--max-bad', 'end at a larger share (and over 20) of bad samples', type=above_0, default=0.01)
 
+    # Parsed twice: --demo and --init change the defaults of other flags.
     asked = parser.parse_known_args(argv)[0]
     if asked.demo:
         parser.set_defaults(**DEMO)
@@ -183,7 +184,7 @@ def make_optimizer(network: nn.Module, lr: float, momentum: float, weight_decay:
     """SGD on all parameters that are not frozen, in one kernel."""
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr, momentum, weight_decay=weight_decay, fused=True)
-    for parameter in learning:  # a skipped first step would leave no buffer to save
+    for parameter in learning:  # else a skipped first step would leave them uninitialized
         optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     return optimizer
 
@@ -205,41 +206,47 @@ def train_step(
     the dropout of each batch; nothing else here is random. `step` counts from 0 through the run.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
-    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
+    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed; the running
+    statistics may be spoiled, which `Log.check` notices before anything is saved.
     """
     set_momentum(network, step)
     statistics = running_statistics(network)
-    # With several batches, each begins with the same statistics, and the mean of what they become counts.
-    before = [statistic.clone() for statistic in statistics] if len(batches) > 1 else []
-    mean, results = [torch.zeros_like(value) for value in before], []
+    accumulating, results = len(batches) > 1, []
+    if accumulating:
+        before = [statistic.clone() for statistic in statistics]
+        averaged = [torch.zeros_like(statistic) for statistic in statistics]
     optimizer.zero_grad()
-    for micro, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+    for n, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
-        for statistic, value in zip(statistics, before):
-            statistic.copy_(value)
+        if accumulating:  # every batch begins with the same statistics, as it would in another process
+            for statistic, value in zip(statistics, before):
+                statistic.copy_(value)
         pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
         labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
-        # DDP is to add up the processes' gradients once a step, not for each batch; its `no_sync` sets this.
-        network.require_backward_grad_sync = micro == len(batches) - 1
+        # DDP averages the gradients over processes after the last batch only; `no_sync()` sets this flag too.
+        network.require_backward_grad_sync = n == len(batches) - 1
         # torch.compile would recompile for each momentum, so it waits until that is constant.
         settled = step * MOMENTUM >= 1
-        eager = nullcontext() if settled else torch.compiler.set_stance('force_eager')
-        with eager, distributed.autocast(device, precision):
+        stance = nullcontext() if settled else torch.compiler.set_stance('force_eager')
+        with stance, distributed.autocast(device, precision):
             logits = network(pixels)  # of videos (16, 400), of images (85, 1000)
             losses = {source: F.cross_entropy(logits[source], labels[source]) for source in batch}
             loss = sum(losses.values()) / len(batches)
         scaler.scale(loss).backward()  # the shared weights get the gradients of both
-        for value, statistic in zip(mean, statistics):
-            value += statistic / len(batches)
+        if accumulating:
+            for value, statistic in zip(averaged, statistics):
+                value += statistic / len(batches)
         results.append({})
         for source in batch:
             results[-1][f'{source}_loss'] = losses[source].detach()
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
 
-    for statistic, value in zip(statistics, mean):
-        statistic.copy_(value)
-    # A moving average is linear, so its mean over batches and processes is the reference's mean over GPUs.
-    distributed.average(statistics)  # DDP is told to leave them alone
+    if accumulating:
+        for statistic, value in zip(statistics, averaged):
+            statistic.copy_(value)
+    # The reference averages the statistics of its processes once an epoch. Averaging after every step gives
+    # the same, because a moving average is linear.
+    distributed.average(statistics)
 
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
@@ -261,8 +268,9 @@ def wrap(network: nn.Module, args: argparse.Namespace, sources: list, device: to
     wrapped = network
     if args.compile:
         distributed.check_compiler(device)
-        # Inductor would leave channels-last where a convolution over three frames narrows. CUDA graphs save
-        # 1,500 launches a step; with --accumulate a second batch would overwrite the first one's gradients.
+        # Without the first, Inductor gives up channels-last at temporal convolutions that have fewer outputs
+        # than inputs. CUDA graphs save 1,500 launches a step; with --accumulate a second batch would
+        # overwrite the first one's gradients.
         options = {'force_layout_optimization': True, 'triton.cudagraphs': args.accumulate == 1}
         wrapped = torch.compile(wrapped, options=options)
     if world_size() > 1:
@@ -273,16 +281,18 @@ def wrap(network: nn.Module, args: argparse.Namespace, sources: list, device: to
         # that now, so that the first step after a restart adds up in the same order as any other.
         zeros = {s.name: torch.zeros(1, *s.train.shape, dtype=torch.uint8, device=device) for s in sources}
         with torch.compiler.set_stance('force_eager'):
-            sum(logits.sum() for logits in wrapped.eval()(zeros).values()).backward()
+            logits = wrapped.eval()(zeros)
+            loss = sum(part.sum() for part in logits.values())
+            loss.backward()
     return wrapped.train()
 
 
-def agree_on(args: argparse.Namespace, precision: str, lists: dict, saved: dict | None) -> None:
+def agree_on(args: argparse.Namespace, precision: str, digests: dict, saved: dict | None) -> None:
     """End the run with a line if processes differ in what they have been told or have found."""
     state = [saved[key] for key in ('step', 'epoch', 'best')] if saved else None
     may_differ = ('_list', '_root', '_labels', '_dir', 'workers')  # each node may have its own paths
     settings = {key: value for key, value in vars(args).items() if not key.endswith(may_differ)}
-    distributed.agree((state, lists, precision, settings), 'settings, lists or checkpoints')
+    distributed.agree((state, digests, precision, settings), 'settings, lists or checkpoints')
 
 
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -304,12 +314,14 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
         if saved:
             compare_data(saved, args, sources, path)
-    lists = {source.name: fingerprints(source) for source in sources}
-    agree_on(args, precision, lists, saved)
+    digests = {source.name: fingerprints(source) for source in sources}
+    agree_on(args, precision, digests, saved)
 
     # 2. The network with its first weights: random ones, a checkpoint's, or those that a flag names.
     torch.manual_seed(args.seed)
-    classes = {'video_classes': 0, 'image_classes': 0} | {f'{s.name}_classes': s.classes for s in sources}
+    classes = {'video_classes': 0, 'image_classes': 0}
+    for source in sources:
+        classes[f'{source.name}_classes'] = source.classes
     network = OmniSlowOnly(**classes, layers=args.layers, width=args.width).to(device)
     with together():
         if saved:
@@ -323,31 +335,33 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     # 3. The state of a run: steps done, epochs done and validated, the best top-1 with the set it belongs to.
     # The rate, the order of samples and all random numbers follow from the step and the settings.
-    step, epoch, best = 0, 0, [-1.0, None]
+    step, epoch, best_top1, best_on = 0, 0, -1.0, None
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
         with together():
             checkpoint.load_momentum(optimizer, saved['optimizer'], path)
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
-        # With other GPUs an epoch has other steps: the share that is done stays the same.
+        # Another number of processes means another number of steps an epoch; keep the fraction done.
         step, epoch = saved['step'] * steps_per_epoch // saved['steps_per_epoch'], saved['epoch']
-        best = saved['best']
+        best_top1, best_on = saved['best']
     wrapped = wrap(network, args, sources, device)  # `network` is saved and validated, `wrapped` is trained
 
-    mine = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # this process's batches of a step
+    # This process's batches of each step, of those that all processes have.
+    my_batches = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)
     dataset = data.JointDataset({source.name: source.train for source in sources})
 
     def load_from(first: int):
         keys = (
             sampler.batch(s, micro) for s in range(first, args.epochs * steps_per_epoch) for micro in mine
         )
-        size = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)  # bytes of a batch
-        return iter(distributed.loader(dataset, workers, size, batch_sampler=keys, collate_fn=data.collate))
+        batch_bytes = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)
+        options = {'batch_sampler': keys, 'collate_fn': data.collate}
+        return iter(distributed.loader(dataset, workers, batch_bytes, **options))
 
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
-    del saved
+    del saved  # frees a copy of the weights
     if args.demo and not args.resume and rank() == 0:  # a demo replaces an older one
         checkpoint.start_over(logger.folder)
     guard = Guard(logger.folder, args.save_minutes, args.max_bad)
@@ -360,10 +374,10 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             'step': step,
             'steps_per_epoch': steps_per_epoch,
             'epoch': epoch,
-            'best': best,
+            'best': [best_top1, best_on],
             'settings': vars(args),
             **{f'{source.name}_labels': source.labels for source in sources},
-            'lists': lists,
+            'lists': digests,
         }
         with together():
             if rank() == 0:
@@ -379,7 +393,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             batches = load_from(step)
         while step < end:
             with logger.waiting():
-                drawn = [next(batches) for _ in mine]
+                drawn = [next(batches) for _ in my_batches]
             save_now, stop = guard.ask(drawn, epoch)  # all processes together, once a step
             if save_now or stop:
                 logger.check()
@@ -390,7 +404,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             lr = learning_rate(step, steps_per_epoch, args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            seeds = [data.generator('dropout', args.seed, step, n).integers(2**62).item() for n in mine]
+            seeds = [data.generator('dropout', args.seed, step, n).integers(2**62).item() for n in my_batches]
             results, grad_norm = train_step(
                 wrapped, optimizer, scaler, drawn, seeds, step, device, precision, args.clip_norm
             )
@@ -399,21 +413,24 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
             if (step - epoch * steps_per_epoch) % args.log_interval == 0 or step in (1, end):
                 logger.line(lr, guard.unreadable)
 
-        keep = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # latest.pth last: resuming tries it first
-        validated = [source.name for source in sources if source.val is not None]
-        if keep:
+        milestone = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
+        names = [
+            f'epoch_{epoch + 1}.pth',
+            'latest.pth',
+        ]  # resuming tries latest.pth, so the old one stays to the last
+        with_val = [source.name for source in sources if source.val is not None]
+        if milestone:
             batches = None  # next come fresh workers, because decoding leaves a little memory in use
-        if keep and validated:
+        if milestone and with_val:
             save('latest.pth')  # so that a failed validation loses nothing
             result = evaluate.validate(network, sources, precision, workers)
             logger.validation(result)
-            top1, val_list = result[f'{validated[0]}_top1'], lists[validated[0]][1]
-            if top1 > best[0] or val_list != best[1] or not (logger.folder / 'best.pth').exists():
-                best = [top1, val_list]
+            top1, val_set = result[f'{with_val[0]}_top1'], digests[with_val[0]][1]
+            if top1 > best_top1 or val_set != best_on or not (logger.folder / 'best.pth').exists():
+                best_top1, best_on = top1, val_set
                 names.insert(0, 'best.pth')
         epoch += 1
-        if keep:
+        if milestone:
             save(*names)
             if rank() == 0:
                 checkpoint.keep_last(logger.folder, epoch)
@@ -435,10 +452,17 @@ def main(argv: list[str] | None = None) -> nn.Module:
         network = train(args, device)
         ckpt = f'--ckpt {shlex.quote(args.work_dir)}/latest.pth'
         if args.demo and not args.no_validate:
-            for line in [ckpt, f'{ckpt} --images'][args.image_only : 2 - args.video_only]:
+            tests = [f'{ckpt} --images'] if args.image_only else [ckpt]
+            if not (args.image_only or args.video_only):
+                tests.append(f'{ckpt} --images')
+            for line in tests:
                 say(f'\nevaluate.py {line}')
                 evaluate.run(evaluate.parse_args(shlex.split(line)), device)
-        example = 'data/demo/videos_val/dots_rising_000.mp4' if args.demo else 'YOUR_FILE'
+        example = 'YOUR_FILE'
+        if args.demo:
+            example = f'{args.image_val_root}/dots_000.jpg'
+            if not args.image_only:
+                example = f'{args.val_root}/dots_rising_000.mp4'
         say(f'\nNext: python evaluate.py {ckpt} {example}')
     return network
 

@@ -47,7 +47,7 @@ evaluate.py | logits are averaged | logits.float().softmax(1) => logits.float()
 evaluate.py | images are folded with the videos' | if is_image: => if False:
 evaluate.py | --show draws the wrong pictures | dataset[int(i)].pixels => dataset[len(rows)].pixels
 train.py | the warm-up ends a step late | / max(warmup - 1, 1) => / max(warmup, 1)
-train.py | every step drops out alike | 'dropout', args.seed, step, n) => 'dropout', args.seed, n)
+train.py | every step drops out alike | args.seed, step, n) => args.seed, n)
 train.py | gradients are not clipped | s(), clip_norm) => s(), math.inf)
 train.py | the last batch's statistics count | value += statistic / len(batches) => value.copy_(statistic)
 train.py | a resumed run leaves out a step | saved['step'] * steps => (saved['step'] + 1) * steps
