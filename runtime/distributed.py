@@ -104,7 +104,8 @@ def join(program: str) -> torch.device:
         return device
     tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
     if tasks != '1':
-        raise UserError(f'srun has started {tasks} processes, not torchrun; start one torchrun per node')
+        unset = 'or unset it for a single process'
+        raise UserError(f'SLURM_STEP_NUM_TASKS is {tasks}: start one torchrun per node, {unset}')
     return device
 
 
@@ -119,7 +120,7 @@ def join_others(program: str, backend: str) -> None:
         seconds = 10
         while not all_here.wait(seconds):
             missing = f'{world_size - joined} of {world_size} processes'
-            say(f'{program}: rank {rank} waits for {missing} at {host}:{port} (MASTER_ADDR:MASTER_PORT)')
+            say(f'{program}: rank {rank} waits for {missing} at {host}:{port}')
             seconds = 60
 
     try:

@@ -72,8 +72,8 @@ class Guard:
         self.unreadable, self.drawn = self.unreadable + unreadable, self.drawn + drawn
         if self.unreadable > max(self.max_bad * self.drawn, 20):
             raise UserError(
-                f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more than '
-                f'--max-bad {self.max_bad:g} allows; see {self.folder}/bad_samples.txt'
+                f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more '
+                f'than --max-bad {self.max_bad:g} allows; see {self.folder}/bad_samples.txt'
             )
         if due:
             self.last_save = time.monotonic()

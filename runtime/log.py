@@ -129,12 +129,12 @@ class Log:
 
     def text(self, record: dict) -> str:
         """A record in readable form."""
-        losses = [f'{k.removesuffix("_loss")} {v:.3f}' for k, v in record.items() if k.endswith('_loss')]
-        top1 = [f'{k.removesuffix("_top1")} {v:.1%}' for k, v in record.items() if k.endswith('_top1')]
+        losses = ', '.join(f'{k[:-5]} {v:.3f}' for k, v in record.items() if k.endswith('_loss'))
+        top1 = ', '.join(f'{k[:-5]} {v:.1%}' for k, v in record.items() if k.endswith('_top1'))
         skipped = f' ({record["skipped"]} skipped)' if record['skipped'] else ''
         return (
             f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{self.steps}  '
-            f'lr {record["lr"]:.4g}  loss {record["loss"]:.3f} ({", ".join(losses)})  top-1 {", ".join(top1)}  '
+            f'lr {record["lr"]:.4g}  loss {record["loss"]:.3f} ({losses})  top-1 {top1}  '
             f'grad {record["grad_norm"]:.2f}{skipped}  {record["time"]:.3f} s/step '
             f'(data {record["data_time"]:.3f})  {record["memory_mb"]} MB  eta {record["eta"]}'
         )
