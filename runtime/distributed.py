@@ -72,7 +72,6 @@ def processes(program: str) -> Iterator[torch.device]:
     if not dist.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)  # leaving the group properly would wait for ranks that may never come
 
 
