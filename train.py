@@ -305,7 +305,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     # 1. Data and checkpoint. An error in one process inside `together` ends all of them with its line.
     with together():
-        logger = log.Log(args.work_dir, device, args.freeze)  # makes the folder and locks it
+        logger = log.Log(args.work_dir, device)  # makes the folder and locks it
         saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
         checkpoint.fit_size(args, saved, path)
         sources = open_sources(args)
@@ -382,7 +382,6 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         with together():
             if rank() == 0:
                 checkpoint.write(state, logger.folder, *names)
-        guard.saved()
 
     # 4. The loop. Saving and stopping are asked for in one place, before each step.
     batches = None

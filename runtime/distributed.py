@@ -1,10 +1,8 @@
 """The processes of a run: starting, agreeing, stopping together, loader workers.
 
-Begin with `processes`, which every command's main opens. Without torchrun there is one process:
-nothing is sent, and `gather` and `add_up` give back what they got.
+Begin with `processes`, which main opens. Without torchrun there is one process, and nothing is sent.
 """
 
-import errno
 import fcntl
 import gc
 import math
@@ -30,10 +28,8 @@ from tqdm import tqdm
 
 # Forked workers share the lists, spawned ones copy them. On macOS the system's libraries crash when forked.
 CONTEXT = multiprocessing.get_context('spawn' if sys.platform == 'darwin' else 'fork')
-# Ctrl-C, a closed terminal, and how schedulers end a job or warn it
+# A scheduler's end or warning, Ctrl-C, a closed terminal
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
-# How srun and mpirun say how many processes they have started
-OTHER_LAUNCHERS = ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE']
 PATIENCE = timedelta(minutes=30)  # how long processes wait for one another, and for a batch
 
 
@@ -52,27 +48,31 @@ def processes(program: str) -> Iterator[torch.device]:
     death of a process or of a loader worker. A bug shows its traceback.
     """
     open_outputs()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which ends the program without a traceback
     try:
         try:
             yield join(program)
         finally:
-            end_workers()  # first, because the death of one would interrupt the output below
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader reports their death
+            for worker in multiprocessing.active_children():
+                worker.kill()  # it ignores SIGTERM, by which Python would end it
     except SystemExit as stop:  # all ranks have agreed on it
-        end_process(stop.code)
+        status = stop.code
     except Exception as error:
-        line = one_line_about(error)
+        line, status = one_line_about(error), 1
         if not line and not dist.is_initialized():
             raise
-        sys.unraisablehook = lambda _: None  # a DataLoader that could not start complains when it ends
         text = f'{program}: {line}' if line else traceback.format_exc()
         say(text, sys.stderr, everywhere=not isinstance(error, UserError))
-        end_process(1)
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
             gc.collect()  # DDP's cycles hold its threads, which abort an interpreter that they outlive
+        return
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    os._exit(status)  # leaving the group properly would wait for ranks that may never come
 
 
 def open_outputs() -> None:
@@ -101,54 +101,45 @@ def join(program: str) -> torch.device:
     if 'RANK' in os.environ or 'WORLD_SIZE' in os.environ:
         join_others(program, backend)
         return device
-    told = [name for name in OTHER_LAUNCHERS if name in os.environ]
-    if told and os.environ[told[0]] != '1':
-        raise UserError(
-            f'{told[0]} is {os.environ[told[0]]}, but several processes become one run only under torchrun: '
-            f'start one torchrun per node. For a single process, unset {told[0]}'
-        )
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+    if tasks != '1':
+        unset = 'or unset it for a single process'
+        raise UserError(f'SLURM_STEP_NUM_TASKS is {tasks}: start one torchrun per node, {unset}')
     return device
 
 
 def join_others(program: str, backend: str) -> None:
     """Join the other processes at MASTER_ADDR:MASTER_PORT, where rank 0 or torchrun keeps a common store.
 
-    Raises UserError if a variable is wrong, the port is in use, or others have not come after half an hour.
+    Raises UserError if a variable is wrong or the port is in use.
     """
-    try:
-        rank, world_size, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
-        host = os.environ['MASTER_ADDR']
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f'RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is missing or wrong ({error}), which torchrun '
-            'sets; without torchrun: unset RANK WORLD_SIZE'
-        ) from None
-    if not 0 <= rank < world_size:
-        raise UserError(f'RANK {rank} does not fit WORLD_SIZE {world_size}: ranks are 0 to {world_size - 1}')
-    place, joined, all_here, start = f'{host}:{port}', 1, threading.Event(), time.monotonic()
+    joined, all_here = 1, threading.Event()
 
     def say_what_is_missing() -> None:
         seconds = 10
         while not all_here.wait(seconds):
             missing = f'{world_size - joined} of {world_size} processes'
-            say(f'{program}: rank {rank} waits for {missing} at {place} (MASTER_ADDR:MASTER_PORT)')
+            say(f'{program}: rank {rank} waits for {missing} at {host}:{port}')
             seconds = 60
 
-    threading.Thread(target=say_what_is_missing, daemon=True).start()
-    is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
     try:
+        rank, world_size, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        host = os.environ['MASTER_ADDR']
+        if not 0 <= rank < world_size:
+            raise ValueError(f'ranks are 0 to {world_size - 1}, not {rank}')
+        threading.Thread(target=say_what_is_missing, daemon=True).start()
+        is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         store = dist.TCPStore(host, port, None, is_server, PATIENCE, wait_for_workers=False)
-    except (RuntimeError, TypeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).partition('\n')[0]
-        raise UserError(f'{reason} (MASTER_ADDR {host}, MASTER_PORT {port}: try another one)') from None
+        names = 'RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT'
+        raise UserError(f'cannot join others ({reason}): torchrun sets {names}; check or unset all') from None
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
         # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
         store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
     joined = store.add('joined', 1)
     while joined < world_size:
-        if time.monotonic() - start > PATIENCE.total_seconds():
-            raise UserError(f'{world_size - joined} of {world_size} processes have not come to {place}')
         time.sleep(0.1)
         joined = store.add('joined', 0)
     all_here.set()
@@ -172,8 +163,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile does not work here, for lack of a C++ compiler say. The network is
-    compiled only after a hundred steps; a small function tells it now."""
+    """Raise UserError if torch.compile does not work here, long before the network is compiled."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a compiler's faults have many types
@@ -247,7 +237,7 @@ def together() -> Iterator[None]:
 
 
 def stop_together(trouble: str) -> None:
-    """Raise UserError on all ranks if one of them is in trouble: if its text is not empty."""
+    """Raise UserError on all ranks if one of them has a text about its trouble."""
     for text in gather(trouble):
         if text:
             raise UserError(text)
@@ -255,7 +245,7 @@ def stop_together(trouble: str) -> None:
 
 def one_line_about(error: Exception) -> str:
     """What ends the run, in a line: a mistake, the system, or another process that has died; '' for a bug."""
-    reason = str(error).partition('\n')[0].split('. ')[0] or type(error).__name__
+    reason = str(error).partition('\n')[0]
     # A worker that dies breaks off its connection, or DataLoader notices; torch has no type for that.
     if isinstance(error, (ConnectionError, EOFError)) or reason.startswith(('DataLoader', 'Pin memory')):
         hint = 'too little memory, or a file that crashes the decoder (`prepare.py check` finds it)'
@@ -267,34 +257,22 @@ def one_line_about(error: Exception) -> str:
 
 def about_file(error: Exception) -> str:
     """'FILE: what is wrong' of the system's errors that name a file, else the error's own text."""
-    if getattr(error, 'filename', None) and error.strerror:
+    if getattr(error, 'filename', None):
         return f'{error.filename}: {error.strerror}'
     return str(error) or type(error).__name__
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make an OSError name the file that is being written, and how much is free there."""
+    """Make an OSError name the file that is being written."""
     try:
         yield
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free >> 20
-        raise OSError(f'{path} cannot be written ({error.strerror}, {free} MB are free there)') from None
-
-
-def end_process(status: int) -> None:
-    """End this process, at once if there are others: leaving the group properly would wait for ranks that may
-    never come (NCCL aborts only when all do), and hold back what is printed."""
-    if not dist.is_initialized():
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) -> None:
-    """Print a line above progress bars, on the main process or everywhere. A closed pipe (`| head`) or
-    terminal ends nothing."""
+    """Print a line above progress bars, on the main process or everywhere. A closed pipe ends nothing."""
     if rank() and not everywhere:
         return
     if file is None:
@@ -314,12 +292,11 @@ def loader(dataset: Dataset, workers: int, batch_bytes: int, **options) -> DataL
     with together():  # all processes of a machine measure before one of them fills it
         check_shared_memory(batch_bytes, workers)
     if workers:
-        if dist.is_initialized():
-            # A thread of gloo may still let go of what it sent last. In Python before 3.10.15 and 3.11.10, a
-            # worker forked at that moment never starts (cpython issue 112275).
-            time.sleep(0.1)
+        # A worker that is forked while a thread of gloo lets go of what it has sent never starts in Python
+        # before 3.10.15 and 3.11.10 (cpython issue 112275).
+        time.sleep(0.1)
         options |= {'worker_init_fn': begin_worker, 'multiprocessing_context': CONTEXT}
-        options |= {'timeout': PATIENCE.total_seconds()}
+        options['timeout'] = PATIENCE.total_seconds()
     return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
 
 
@@ -332,22 +309,13 @@ def begin_worker(worker_id: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process once the one that started it has ended, in whatever way. DataLoader's own watch does
-    not see a main process that has died while the worker started."""
+    """End this process once the one that started it has ended, even if that was while this one started."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def end_workers() -> None:
-    """Kill the loader workers that are left. They ignore SIGTERM, so a program that ends would wait for them
-    forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader would report their death as an error
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def check_shared_memory(batch_bytes: int, workers: int) -> None:
@@ -389,5 +357,5 @@ def locked(file: TextIO) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others mean a file system without locks
+        return not isinstance(error, (BlockingIOError, PermissionError))  # others: the disk has no locks
     return True

@@ -57,40 +57,27 @@ class Guard:
             self.received = signal.SIGTERM  # a killed torchrun has left this process behind
         asked = [self.received == signum for signum in STOP_SIGNALS]
         # The one question of a step. What follows depends on the sums alone, so all ranks do the same.
-        in_trouble, due, bad_anywhere, drawn, *asked = add_up(len(hopeless), is_due, len(bad), drawn, *asked)
+        in_trouble, due, unreadable, drawn, *asked = add_up(len(hopeless), is_due, len(bad), drawn, *asked)
         if in_trouble:
-            stop_together(
-                f'11 samples in a row are unreadable, the last one {hopeless[0]}' if hopeless else ''
-            )
-        self._list(bad)
-        self._count(epoch, bad_anywhere, drawn)
-        stop = next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
-        return bool(due), stop
+            stop_together(f'11 samples in a row are unreadable, the last {hopeless[0]}' if hopeless else '')
 
-    def _list(self, bad: list[str]) -> None:
-        """Write what is new to bad_samples.txt, a line each whatever a file's name."""
         for line in bad:
-            line = line.replace('\n', r'\n').replace('\r', r'\r')
+            line = line.replace('\n', r'\n').replace('\r', r'\r')  # a line each, whatever a file's name
             if line not in self.listed:
                 self.listed.add(line)
                 with writing(self.folder / 'bad_samples.txt'):
                     print(line, file=self.bad_list)
-
-    def _count(self, epoch: int, unreadable: int, drawn: int) -> None:
-        """Add to this epoch's counts. Raises UserError if too much was unreadable."""
         if epoch != self.epoch:
             self.epoch, self.unreadable, self.drawn = epoch, 0, 0
         self.unreadable, self.drawn = self.unreadable + unreadable, self.drawn + drawn
         if self.unreadable > max(self.max_bad * self.drawn, 20):
             raise UserError(
                 f'{self.unreadable} of the {self.drawn} samples drawn in this epoch are unreadable, more '
-                f'than --max-bad {self.max_bad:g} allows; mend or remove the files that '
-                f'{self.folder}/bad_samples.txt lists, or raise it'
+                f'than --max-bad {self.max_bad:g} allows; see {self.folder}/bad_samples.txt'
             )
-
-    def saved(self) -> None:
-        """A checkpoint has just been written."""
-        self.last_save = time.monotonic()
+        if due:
+            self.last_save = time.monotonic()
+        return bool(due), next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
 
     def leave(self, signum: int) -> None:
         """End the run, which a signal has stopped and which has been saved."""

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,13 +33,13 @@ class Log:
     Raises OSError if the folder cannot be made, the file cannot be written, or another run writes to it.
     """
 
-    def __init__(self, folder: str, device: torch.device, frozen: bool = False):
-        self.folder, self.device, self.frozen, self.board, self.bar = Path(folder), device, frozen, None, None
+    def __init__(self, folder: str, device: torch.device):
+        self.folder, self.device, self.board, self.bar = Path(folder), device, None, None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
         if rank() == 0 and not locked(self.file):
             raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
-        self.begun, self.skipped = False, 0  # whether there is a line; skipped updates in a row
+        self.skipped = 0  # updates in a row
 
     def begin(self, epoch: int, epochs: int, step: int, end: int) -> None:
         """An epoch begins or goes on: the run has done `step` steps, and the epoch ends with step `end`."""
@@ -54,11 +54,10 @@ class Log:
 
     def open_board(self, step: int) -> None:
         """Write events from `step` on as well, if TensorBoard is installed."""
-        try:
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(str(self.folder), purge_step=step + 1, flush_secs=10)
+
+            self.board = SummaryWriter(str(self.folder), purge_step=step + 1, flush_secs=10)
 
     def new_line(self) -> None:
         """Begin a new line, and its clock."""
@@ -108,27 +107,20 @@ class Log:
         record['loss'] = sum(value for key, value in record.items() if key.endswith('_loss'))
         record['time'] = (time.perf_counter() - self.start) / len(norms)
         record['data_time'] = self.data_time / len(norms)
-        if self.device.type == 'cuda':
-            record['memory_mb'] = torch.cuda.max_memory_allocated() // 2**20
-        else:
-            record['memory_mb'] = peak_memory()
+        on_gpu = self.device.type == 'cuda'
+        record['memory_mb'] = torch.cuda.max_memory_allocated() // 2**20 if on_gpu else peak_memory()
         record = {key: round(value, 4) if key != 'lr' else lr for key, value in record.items()}
-        left = round((self.epochs * self.steps - self.step) * record['time'])
+        left = timedelta(seconds=round((self.epochs * self.steps - self.step) * record['time']))
         # The first step takes longer than others, so it does not tell when the run ends.
-        record |= {'unreadable': unreadable, 'eta': str(timedelta(seconds=left)) if self.begun else 'unknown'}
-        self.begun = True
-        if self.frozen:
-            record['frozen'] = True
+        record |= {'unreadable': unreadable, 'eta': str(left) if self.step > 1 else 'unknown'}
         say(self.text(record))
         self.write(record, 'train')
         self.bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
         for norm in norms:
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
             if self.skipped >= 50:
-                raise UserError(
-                    'the gradients of the last 50 steps are not finite, though the losses are: no weight was '
-                    'changed. Try a lower --lr, or --precision fp32'
-                )
+                line = 'no weight was changed in 50 steps, because no gradient was finite'
+                raise UserError(f'{line}; try a lower --lr, or --precision fp32')
         self.new_line()
         if self.step == self.end:
             self.bar.close()
@@ -137,24 +129,15 @@ class Log:
 
     def text(self, record: dict) -> str:
         """A record in readable form."""
-        losses = [f'{k.removesuffix("_loss")} {v:.3f}' for k, v in record.items() if k.endswith('_loss')]
-        top1 = [f'{k.removesuffix("_top1")} {v:.1%}' for k, v in record.items() if k.endswith('_top1')]
-        lr, grad = f'lr {record["lr"]:.4g}', f'grad {record["grad_norm"]:.2f}'
-        if self.frozen:
-            lr += ' (heads only)'
-        if record['skipped']:
-            grad += f' ({record["skipped"]} skipped)'
-        parts = [
-            f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{self.steps}',
-            lr,
-            f'loss {record["loss"]:.3f} ({", ".join(losses)})',
-            f'top-1 {", ".join(top1)}',
-            grad,
-            f'{record["time"]:.3f} s/step (data {record["data_time"]:.3f})',
-            f'{record["memory_mb"]} MB',
-            f'eta {record["eta"]}',
-        ]
-        return '  '.join(parts)
+        losses = ', '.join(f'{k[:-5]} {v:.3f}' for k, v in record.items() if k.endswith('_loss'))
+        top1 = ', '.join(f'{k[:-5]} {v:.1%}' for k, v in record.items() if k.endswith('_top1'))
+        skipped = f' ({record["skipped"]} skipped)' if record['skipped'] else ''
+        return (
+            f'epoch {record["epoch"]}/{self.epochs} step {record["step"]}/{self.steps}  '
+            f'lr {record["lr"]:.4g}  loss {record["loss"]:.3f} ({losses})  top-1 {top1}  '
+            f'grad {record["grad_norm"]:.2f}{skipped}  {record["time"]:.3f} s/step '
+            f'(data {record["data_time"]:.3f})  {record["memory_mb"]} MB  eta {record["eta"]}'
+        )
 
     def write(self, record: dict, tag: str) -> None:
         """Write a record to log.jsonl, and its numbers as events."""
@@ -183,55 +166,40 @@ def introduce(
     args: argparse.Namespace, sources: list, sampler, computing: str, saved: dict | None, step: int
 ) -> None:
     """Say what a run is about to do, and what has changed since its checkpoint."""
+    steps = sampler.steps_per_epoch
     say(f'{world_size()} x {computing} each, seed {args.seed}')
     for source in sources:
-        seen = sampler.steps_per_epoch * sampler.per_step[source.name]
+        seen = steps * sampler.per_step[source.name]
         say(f'an epoch sees {seen} {source.name}s, {seen / len(source.train):.3g} times the set')
+        if source.val is None:
+            say(f'{source.name}s are not validated')
+        elif len(source.val) < 200:
+            points = 100 / len(source.val)
+            say(f'validation has {len(source.val)} {source.name}s: one of them is {points:.1f} points')
     times = f'{world_size()} x {args.accumulate}' if args.accumulate > 1 else world_size()
     batch = ' and '.join(f'{times} x {source.per_gpu} {source.name}s' for source in sources)
-    steps = sampler.steps_per_epoch
     say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
-    times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]  # the demo needs more
-    if times > 2 and sources[0].name == 'video' and not args.demo:
+    say('top-1 in training is of augmented crops, with dropout: expect more in validation')
+    times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]
+    if times > 2 and sources[0].name == 'video' and not (args.demo or args.auto_scale_lr):
         line = f"the learning rate is {times:.1f} times the recipe's for so many videos a step"
-        say(line if args.auto_scale_lr else f'{line}; --auto-scale-lr makes it the same')
-    if not args.no_validate:
-        introduce_validation(sources)
+        say(f'{line}; --auto-scale-lr makes it the same')
     if args.freeze:
         say('frozen: only the heads learn, the rest stays as it is')
     if computing.startswith('cpu') and args.width >= 64:
         say('on a CPU a step of so large a network takes minutes: see "On a small machine" in README.md')
     if args.compile:
         say('compiling: the first 100 steps of a run are not compiled, the next one takes minutes')
-    if saved:
-        say_changes(args, saved, sampler.steps_per_epoch, step)
+    if saved is None:
+        return
 
-
-def introduce_validation(sources: list) -> None:
-    """Say what is validated, and how to read it."""
-    for source in sources:
-        if source.val is None:
-            flag = 'val' if source.name == 'video' else f'{source.name}-val'
-            say(f'{source.name}s are not validated: no --{flag}-list')
-        elif len(source.val) < 200:
-            points = 100 / len(source.val)
-            say(f'validation has {len(source.val)} {source.name}s: one of them is {points:.1f} points')
-    if any(source.val is not None for source in sources):
-        say('top-1 in training is of augmented crops, with dropout: expect more in validation')
-
-
-def say_changes(args: argparse.Namespace, saved: dict, steps_per_epoch: int, step: int) -> None:
-    """Say what is not as it was when the checkpoint was saved."""
     harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
     for key, value in vars(args).items():
         was = saved['settings'].get(key, value)
         if key not in harmless and value is not None and value != was:
             say(f'changed since the checkpoint: {key} {was} -> {value}')
-    if steps_per_epoch != saved['steps_per_epoch']:
-        epoch, within = divmod(step, steps_per_epoch)
-        say(
-            f'{saved["steps_per_epoch"]} steps an epoch -> {steps_per_epoch}: going on after step {within} '
-            f'of epoch {epoch + 1}'
-        )
+    if steps != saved['steps_per_epoch']:
+        place = f'step {step % steps} of epoch {step // steps + 1}'
+        say(f'{saved["steps_per_epoch"]} steps an epoch -> {steps}: going on after {place}')
     if saved['epoch'] >= args.epochs:
         say(f'all {args.epochs} epochs are done: nothing is left to train')

@@ -170,7 +170,6 @@ def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo
     heads = [value.shape for key, value in whole.items() if '_head.' in key and 'running' not in key]
     momenta = [value.shape for key, value in whole.items() if 'momentum' in key]
     assert momenta == [shape for shape in heads if shape]
-    assert all(record['frozen'] for record in records(demo / 'frozen'))
     result = run(f'{options} --init undisturbed1/latest.pth', demo, expect=1)
     assert 'frozen/latest.pth: --freeze was True there and is False now' in result.stderr
 
