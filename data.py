@@ -144,9 +144,7 @@ class VideoDataset(FileDataset):
             if not crops:
                 top, left, height, width = crop_box(*frame.shape[:2], rng)
             crop = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-            if (
-                frame.nbytes > 6_000_000
-            ):  # eight frames of 4K would take 200 MB, so each is made small at once
+            if frame.nbytes > 6_000_000:  # 1080p and more; eight frames of 4K would take 200 MB
                 crop = resize(crop, self.size, self.size)
             crops.append(crop)
         clip = resize(torch.cat(crops), self.size, self.size)  # (T, 3, size, size)

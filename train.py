@@ -206,21 +206,19 @@ def train_step(
     the dropout of each batch; nothing else here is random. `step` counts from 0 through the run.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
-    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed; the running
-    statistics may be spoiled, which `Log.check` notices before anything is saved.
+    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed. (Spoiled
+    running statistics are not saved: `Log.check` comes before.)
     """
     set_momentum(network, step)
     statistics = running_statistics(network)
-    accumulating, results = len(batches) > 1, []
+    results, accumulating = [], len(batches) > 1 and len(statistics) > 0
     if accumulating:
-        before = [statistic.clone() for statistic in statistics]
-        averaged = [torch.zeros_like(statistic) for statistic in statistics]
+        before, averaged = torch._foreach_mul(statistics, 1), torch._foreach_mul(statistics, 0)
     optimizer.zero_grad()
     for n, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
         if accumulating:  # every batch begins with the same statistics, as it would in another process
-            for statistic, value in zip(statistics, before):
-                statistic.copy_(value)
+            torch._foreach_copy_(statistics, before)
         pixels = {source: part.pixels.to(device, non_blocking=True) for source, part in batch.items()}
         labels = {source: part.labels.to(device, non_blocking=True) for source, part in batch.items()}
         # DDP averages the gradients over processes after the last batch only; `no_sync()` sets this flag too.
@@ -234,25 +232,22 @@ def train_step(
             loss = sum(losses.values()) / len(batches)
         scaler.scale(loss).backward()  # the shared weights get the gradients of both
         if accumulating:
-            for value, statistic in zip(averaged, statistics):
-                value += statistic / len(batches)
+            torch._foreach_add_(averaged, statistics, alpha=1 / len(batches))
         results.append({})
         for source in batch:
             results[-1][f'{source}_loss'] = losses[source].detach()
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
 
     if accumulating:
-        for statistic, value in zip(statistics, averaged):
-            statistic.copy_(value)
-    # The reference averages the statistics of its processes once an epoch. Averaging after every step gives
-    # the same, because a moving average is linear.
+        torch._foreach_copy_(statistics, averaged)
+    # The same as once an epoch, as the reference does it, because a moving average is linear.
     distributed.average(statistics)
 
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
     if precision != 'fp16':
-        # GradScaler's protocol: a fused optimizer skips its update where this is 1. Set by hand, because
-        # asking for the norm would wait for the GPU. In fp16 the scaler sets it.
+        # GradScaler's protocol: a fused optimizer skips its update where this is 1. Asking for the norm
+        # instead would wait for the GPU. In fp16 the scaler sets it.
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
@@ -293,6 +288,15 @@ def agree_on(args: argparse.Namespace, precision: str, digests: dict, saved: dic
     may_differ = ('_list', '_root', '_labels', '_dir', 'workers')  # each node may have its own paths
     settings = {key: value for key, value in vars(args).items() if not key.endswith(may_differ)}
     distributed.agree((state, digests, precision, settings), 'settings, lists or checkpoints')
+
+
+def load_batches(sampler: data.JointSampler, steps: range, my_batches: range, sources: list, workers: int):
+    """An iterator over this process's batches of these steps, which loader workers prepare."""
+    dataset = data.JointDataset({source.name: source.train for source in sources})
+    batch_bytes = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)
+    keys = (sampler.batch(step, n) for step in steps for n in my_batches)
+    options = {'batch_sampler': keys, 'collate_fn': data.collate}
+    return iter(distributed.loader(dataset, workers, batch_bytes, **options))
 
 
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -347,17 +351,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         best_top1, best_on = saved['best']
     wrapped = wrap(network, args, sources, device)  # `network` is saved and validated, `wrapped` is trained
 
-    # This process's batches of each step, of those that all processes have.
+    # Of the batches that all processes have in a step, these are this one's.
     my_batches = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)
-    dataset = data.JointDataset({source.name: source.train for source in sources})
-
-    def load_from(first: int):
-        keys = (
-            sampler.batch(s, micro) for s in range(first, args.epochs * steps_per_epoch) for micro in mine
-        )
-        batch_bytes = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)
-        options = {'batch_sampler': keys, 'collate_fn': data.collate}
-        return iter(distributed.loader(dataset, workers, batch_bytes, **options))
 
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
@@ -389,7 +384,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         end = (epoch + 1) * steps_per_epoch
         logger.begin(epoch, args.epochs, step, end)
         if batches is None:
-            batches = load_from(step)
+            steps = range(step, args.epochs * steps_per_epoch)
+            batches = load_batches(sampler, steps, my_batches, sources, workers)
         while step < end:
             with logger.waiting():
                 drawn = [next(batches) for _ in my_batches]
@@ -413,21 +409,18 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
                 logger.line(lr, guard.unreadable)
 
         milestone = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-        names = [
-            f'epoch_{epoch + 1}.pth',
-            'latest.pth',
-        ]  # resuming tries latest.pth, so the old one stays to the last
-        with_val = [source.name for source in sources if source.val is not None]
+        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # in this order: resuming tries latest.pth first
         if milestone:
             batches = None  # next come fresh workers, because decoding leaves a little memory in use
-        if milestone and with_val:
             save('latest.pth')  # so that a failed validation loses nothing
             result = evaluate.validate(network, sources, precision, workers)
-            logger.validation(result)
-            top1, val_set = result[f'{with_val[0]}_top1'], digests[with_val[0]][1]
-            if top1 > best_top1 or val_set != best_on or not (logger.folder / 'best.pth').exists():
-                best_top1, best_on = top1, val_set
-                names.insert(0, 'best.pth')
+            if result:
+                logger.validation(result)
+                top1 = next(iter(result.values()))  # of the first source that has a validation set
+                val_set = next(digest for _, digest in digests.values() if digest)
+                if top1 > best_top1 or val_set != best_on or not (logger.folder / 'best.pth').exists():
+                    best_top1, best_on = top1, val_set
+                    names.insert(0, 'best.pth')
         epoch += 1
         if milestone:
             save(*names)

@@ -101,10 +101,10 @@ def join(program: str) -> torch.device:
     if 'RANK' in os.environ or 'WORLD_SIZE' in os.environ:
         join_others(program, backend)
         return device
-    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', os.environ.get('SLURM_NTASKS', '1'))
     if tasks != '1':
-        unset = 'or unset it for a single process'
-        raise UserError(f'SLURM_STEP_NUM_TASKS is {tasks}: start one torchrun per node, {unset}')
+        unset = 'for a single process unset SLURM_NTASKS and SLURM_STEP_NUM_TASKS'
+        raise UserError(f'one of {tasks} tasks of srun: start one torchrun per node; {unset}')
     return device
 
 

@@ -138,7 +138,7 @@ class Forked:
 
     def __init__(self, command, cwd, ranks=1, **env):
         line = [*command] if isinstance(command, list) else command.split()
-        line = [str(ROOT / part) if part.endswith('.py') else part for part in line]
+        line = [str(ROOT / part) if re.fullmatch(r'\w+\.py', part) else part for part in line]
         process, folder = server()
         own = Path(tempfile.mkdtemp(dir=folder.name))
         self.out, self.err, self.pids = own / 'out', own / 'err', []
@@ -174,7 +174,12 @@ class Forked:
                 os.killpg(pid, signum)
 
     def wait(self, timeout=400):
-        wait_for(lambda: self.poll() is not None, timeout)
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.kill()
+                raise TimeoutError(self.out.read_text()[-3000:] + self.err.read_text()[-3000:])
+            time.sleep(0.01)
         return self.poll()
 
 

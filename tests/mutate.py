@@ -27,9 +27,9 @@ data.py | no video is mirrored | clip = clip.flip(-1) => pass
 data.py | every epoch augments alike | {what}', self.seed, nth_pass, index) => {what}', self.seed, index)
 data.py | what an epoch leaves over is drawn | epoch * self.sizes[source] + => epoch * 0 +
 data.py | replacements are not seeded | replacements.integers(len(self)) => np.random.randint(len(self))
-data.py | a replacement has the label of another | self.files.labels[index] => self.files.labels[0]
-runtime/distributed.py | SIGTERM saves nothing | STOP_SIGNALS = [signal.SIGTERM, => STOP_SIGNALS = [
-runtime/distributed.py | two runs share a folder | error.errno not in (errno.EACCES, errno.EAGAIN) => True
+data.py | a replacement has another's label | files.labels[index] => files.labels[0]
+runtime/distributed.py | SIGTERM saves nothing | [signal.SIGTERM, signal.SIGINT => [signal.SIGINT
+runtime/distributed.py | two runs share a folder | not isinstance(error, => not isinstance(0,
 runtime/checkpoint.py | written in place | beside = folder / f'{name}.tmp' => beside = folder / name
 runtime/checkpoint.py | a download's hash is ignored | str(beside), digits) => str(beside))
 runtime/checkpoint.py | a checkpoint's code is run | weights_only=True => weights_only=False
@@ -37,7 +37,7 @@ runtime/checkpoint.py | a weight has a wrong name | cls_head.fc3d.6. => cls_head
 runtime/checkpoint.py | images start with statistics 0 and 1 | trained == ['video'] => trained == ['x']
 runtime/sources.py | lines are counted from 0 | enumerate(file, 1) => enumerate(file, 0)
 runtime/guard.py | the exit status is the signal | sys.exit(128 + signum) => sys.exit(signum)
-runtime/guard.py | unreadable files are not counted | len(bad), drawn => 0, drawn
+runtime/guard.py | unreadable files are not counted | is_due, len(bad), drawn, => is_due, 0, drawn,
 runtime/log.py | a resumed run begins its log anew | os.devnull, 'a', => os.devnull, 'w',
 runtime/log.py | the losses are those of one rank | distributed.average([means]) => pass
 runtime/command.py | a file that kills a process is good | 'its process died => '' and 'its process died
@@ -49,7 +49,7 @@ evaluate.py | --show draws the wrong pictures | dataset[int(i)].pixels => datase
 train.py | the warm-up ends a step late | / max(warmup - 1, 1) => / max(warmup, 1)
 train.py | every step drops out alike | args.seed, step, n) => args.seed, n)
 train.py | gradients are not clipped | s(), clip_norm) => s(), math.inf)
-train.py | the last batch's statistics count | value += statistic / len(batches) => value.copy_(statistic)
+train.py | the last batch's statistics count | alpha=1 / len(batches) => alpha=1
 train.py | a resumed run leaves out a step | saved['step'] * steps => (saved['step'] + 1) * steps
 """.strip().splitlines()  # file | what is wrong | text => what it becomes
 

@@ -133,6 +133,7 @@ def test_a_process_that_waits_says_for_how_many_and_where(demo, rank):
         ({'RANK': '0', 'WORLD_SIZE': ''}, 'invalid literal'),
         ({'RANK': '2', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29655'}, 'are 0 to 1'),
         ({'SLURM_STEP_NUM_TASKS': '4'}, 'start one torchrun per node'),
+        ({'SLURM_NTASKS': '2'}, 'one of 2 tasks of srun: start one torchrun per node'),
         ({'SLURM_STEP_NUM_TASKS': '1', 'SLURM_NTASKS': '8'}, 'none.pth: No such file'),
     ],
 )
