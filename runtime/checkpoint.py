@@ -98,8 +98,8 @@ def find(resume: bool, folder: Path, demo: bool = False) -> tuple[dict | None, s
 
 
 def load(path: str | os.PathLike) -> dict:
-    """Read a checkpoint, a file or what `local` fetches, as data: no code that its pickle names is run. One of
-    train.py is returned as saved, another one as {'model': its weights under our names}. Raises OSError, or
+    """Read a checkpoint, a file or what `local` fetches, as data: no code that its pickle names is run. One
+    of train.py is returned as saved, others as {'model': their weights under our names}. Raises OSError, or
     ValueError if it is not a checkpoint."""
     path = local(path)
     saved = read(path)
