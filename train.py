@@ -311,7 +311,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     with together():
         logger = log.Log(args.work_dir, device)  # makes the folder and locks it
         saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
-        checkpoint.fit_size(args, saved, path)
+        given = checkpoint.fit_size(args, saved, path)
         sources = open_sources(args)
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
@@ -331,7 +331,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         if saved:
             checkpoint.load_into(network, saved['model'], path)
         else:
-            checkpoint.first_weights(network, args, sources, sampler.steps_per_epoch)
+            checkpoint.first_weights(network, args, given, sources, sampler.steps_per_epoch)
     if args.freeze:
         network.freeze_trunk()
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)
@@ -356,7 +356,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
-    del saved  # frees a copy of the weights
+    del saved, given  # they hold copies of the weights
     if args.demo and not args.resume and rank() == 0:  # a demo replaces an older one
         checkpoint.start_over(logger.folder)
     guard = Guard(logger.folder, args.save_minutes, args.max_bad)
@@ -424,8 +424,6 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         epoch += 1
         if milestone:
             save(*names)
-            if rank() == 0:
-                checkpoint.keep_last(logger.folder, epoch)
     guard.close()
     logger.close()
     return network

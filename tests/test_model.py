@@ -70,7 +70,8 @@ def test_one_joint_training_step_equals_the_reference(network, step):
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0
-    names = {checkpoint.to_mmaction2_key(name): p for name, p in network.named_parameters()}
+    theirs = checkpoint.to_mmaction2(dict(network.named_parameters()))
+    names = dict(zip(theirs, network.parameters()))
     clip, image = batch('clip', (2, 3, 8, 64, 64)), batch('image', (3, 3, 64, 64))
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=1e-4)
     video_logits, image_logits = network(clip, image)

@@ -63,7 +63,7 @@ def test_demo_trains_validates_and_tests(trained):
     for line in (
         'reusing the set',
         '32 videos of 8 classes: stripes rising (4), ',
-        '10 steps are few for a network that learns from nothing; --epochs 150 makes 300',
+        '10 steps are few for what learns from nothing; --epochs 150 makes 300',
         '16 videos of 8 classes, 10 clips x 3 crops',
         '12 images of 4 classes, centre crop',
         '\nevaluate.py --ckpt work_dirs/demo/latest.pth\n',
@@ -102,8 +102,8 @@ def test_fine_tuning_takes_all_but_the_heads_that_differ(trained):
     (folder / 'names.txt').write_text('one\ntwo\nthree\n')
     options = '--video-list three.txt --video-labels names.txt --init work_dirs/demo/latest.pth --lr 1e-30'
     output = run(f'{QUICK} --epochs 1 --no-validate {options} --work-dir tuned', folder).stdout
-    assert 'starting from work_dirs/demo/latest.pth, with a new head for videos\n' in output
-    assert '4 steps are few for a new head (video), which learns from nothing; --epochs 75 ' in output
+    assert 'starting from work_dirs/demo/latest.pth; new heads: video\n' in output
+    assert '4 steps are few for what learns from nothing; --epochs 75 ' in output
     before, after = checkpoint_in(folder / 'work_dirs/demo')['model'], checkpoint_in(folder / 'tuned')
     assert after['video_labels'] == ['one', 'two', 'three'] and len(after['model']['video_head.4.bias']) == 3
     for key in ('conv1.weight', 'layer4.0.conv1.weight', 'image_head.2.weight'):
@@ -400,7 +400,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     line = line.replace('\\\n', ' ').replace('python ', '').replace('work_dirs/omni', 'work_dirs/demo')
     line += ' --size 28 --clip-len 2 --workers 1 --log-interval 1 --val-interval 20'
     output = run(line, folder).stdout
-    assert 'with a new head for images and videos' in output and 'times the recipe' not in output
+    assert 'new heads: video, image' in output and 'times the recipe' not in output
     losses = [record['loss'] for record in records(folder / 'work_dirs/mine', 'step')]
     assert len(losses) == 20 and max(losses) < 1.3 * losses[0] and losses[-1] < losses[0]
     assert 'all 20 epochs are done' in run(line, folder).stdout  # the size is read off the file again
