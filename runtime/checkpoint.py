@@ -4,7 +4,6 @@ from elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load
 
 import argparse
 import hashlib
-import io
 import math
 import os
 import re
@@ -34,15 +33,17 @@ INPUT = {'size': int, 'clip_len': int, 'frame_interval': int}
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is written beside, synced and renamed, so it is
     whole or absent whenever the process dies. Of the epochs only the last three stay. Raises OSError."""
-    content, beside = io.BytesIO(), folder / 'checkpoint.tmp'
-    torch.save(state, content)
-    for name in names:
-        with writing(folder / name):
-            with open(beside, 'wb') as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, folder / name)
+    beside = folder / 'checkpoint.tmp'
+    try:
+        for name in names:
+            with writing(folder / name):
+                with open(beside, 'wb') as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(beside, folder / name)
+    finally:
+        beside.unlink(missing_ok=True)
     epochs = [path for path in checkpoints_in(folder) if path.name.startswith('epoch_')]
     for path in epochs[3:]:
         path.unlink()
@@ -214,6 +215,9 @@ def check_values(saved: dict, path: str | os.PathLike) -> None:
             wanted, least = types.get(key, object), 0 if key in ('step', 'epoch') else 1
             if not isinstance(value, wanted) or (wanted is int and value < least):
                 raise ValueError(f'{path}: its {key} is {value!r:.40}, which no run would save')
+    best = saved.get('best', [0, None])
+    if len(best) != 2 or not isinstance(best[0], (int, float)):
+        raise ValueError(f'{path}: its best is {best!r:.40}, which no run would save')
 
 
 # Into a network -------------------------------------------------------------------------------------------
@@ -262,10 +266,13 @@ def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
 def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
     """Copy a run's momentum into the buffers of `optimizer`, which keeps its own settings. ValueError if one
     does not fit; a fused step would write outside it."""
-    given, own = (
-        {f'momentum {number}': entry['momentum_buffer'] for number, entry in state['state'].items()}
-        for state in (saved, optimizer.state_dict())
-    )
+    given, own = {}, {}
+    with suppress(AttributeError, KeyError, TypeError):  # what it has no such entry for is missing below
+        for number, entry in saved['state'].items():
+            if is_stored(entry['momentum_buffer']):
+                given[f'momentum {number}'] = entry['momentum_buffer']
+    for number, entry in optimizer.state_dict()['state'].items():
+        own[f'momentum {number}'] = entry['momentum_buffer']
     compare(given, own, path)
     for key, buffer in own.items():
         buffer.copy_(given[key])

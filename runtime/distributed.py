@@ -264,11 +264,12 @@ def about_file(error: Exception) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make an OSError name the file that is being written."""
+    """Make an OSError name the file that is being written, and how much is free there."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        free = shutil.disk_usage(path.parent).free >> 20
+        raise OSError(f'{path} cannot be written ({error.strerror}, {free} MB are free there)') from None
 
 
 def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) -> None:

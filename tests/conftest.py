@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 DOCS = '\n'.join(path.read_text() for path in [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))])
 SMALL = '--demo --video-list few.txt --width 8 --size 28 --clip-len 4 --frame-interval 2'  # a quick run
+SCRIPTS = ('train.py', 'evaluate.py', 'flops.py', 'prepare.py')
 sys.path.insert(0, str(ROOT))
 
 
@@ -138,7 +139,7 @@ class Forked:
 
     def __init__(self, command, cwd, ranks=1, **env):
         line = [*command] if isinstance(command, list) else command.split()
-        line = [str(ROOT / part) if re.fullmatch(r'\w+\.py', part) else part for part in line]
+        line = [str(ROOT / part) if part in SCRIPTS else part for part in line]
         process, folder = server()
         own = Path(tempfile.mkdtemp(dir=folder.name))
         self.out, self.err, self.pids = own / 'out', own / 'err', []

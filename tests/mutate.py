@@ -30,11 +30,11 @@ data.py | replacements are not seeded | replacements.integers(len(self)) => np.r
 data.py | a replacement has another's label | files.labels[index] => files.labels[0]
 runtime/distributed.py | SIGTERM saves nothing | [signal.SIGTERM, signal.SIGINT => [signal.SIGINT
 runtime/distributed.py | two runs share a folder | not isinstance(error, => not isinstance(0,
-runtime/checkpoint.py | written in place | beside = folder / f'{name}.tmp' => beside = folder / name
-runtime/checkpoint.py | a download's hash is ignored | str(beside), digits) => str(beside))
+runtime/checkpoint.py | written in place | folder / 'checkpoint.tmp' => folder / names[0]
+runtime/checkpoint.py | a download's hash is ignored | str(beside), match[1] if match else None) => str(beside))
 runtime/checkpoint.py | a checkpoint's code is run | weights_only=True => weights_only=False
 runtime/checkpoint.py | a weight has a wrong name | cls_head.fc3d.6. => cls_head.fc3d.5.
-runtime/checkpoint.py | images start with statistics 0 and 1 | trained == ['video'] => trained == ['x']
+runtime/checkpoint.py | images begin with 0 and 1 | trained == {'video'} => trained == {'x'}
 runtime/sources.py | lines are counted from 0 | enumerate(file, 1) => enumerate(file, 0)
 runtime/guard.py | the exit status is the signal | sys.exit(128 + signum) => sys.exit(signum)
 runtime/guard.py | unreadable files are not counted | is_due, len(bad), drawn, => is_due, 0, drawn,

@@ -213,7 +213,7 @@ def test_values_that_no_run_would_save_get_one_line(tmp_path, trained):
     path = tmp_path / 'a.pth'
     for key, value in (
         *(('step', 'x'), ('step', -1), ('step', torch.ones(2)), ('steps_per_epoch', 0), ('settings', None)),
-        *(('best', 3), ('video_labels', 'abc'), ('lists', []), ('scaler', None)),
+        *(('best', 3), ('best', ['x', None]), ('video_labels', 'abc'), ('lists', []), ('scaler', None)),
     ):
         torch.save(run_of(trained, **{key: value}), path)
         assert fault(checkpoint.load, path) == f'{path}: its {key} is {value!r}, which no run would save'
