@@ -67,7 +67,6 @@ class FileDataset(Dataset):
     size: int = 224  # side of the crop
     seed: int = 0
     flip: bool = True
-    purpose: str = ''  # keeps this set's random numbers apart from another's; default: the class's name
 
     @property
     def short_side(self) -> int:
@@ -78,8 +77,8 @@ class FileDataset(Dataset):
         return len(self.files)
 
     def generator(self, what: str, nth_pass: int, index: int) -> Rng:
-        """The generator for a training sample's random choices in a pass over the set."""
-        return generator(f'{self.purpose or type(self).__name__} {what}', self.seed, nth_pass, index)
+        """The generator for a training sample's random choices."""
+        return generator(f'{type(self).__name__} {what}', self.seed, nth_pass, index)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """The sample at (pass, index) of a training set, or at `index` of any other. In training, a file

@@ -73,8 +73,6 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
     options = {'size': args.size}
     if videos:
         options |= {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
-    elif name != 'image':  # a fork's source has random numbers of its own
-        options['purpose'] = name
     kind = data.VideoDataset if videos else data.ImageDataset
     train_set = kind(files, 'train', seed=args.seed, flip=not args.no_flip, **options)
     val_set = kind(val_files, 'val', **options) if val_files else None
