@@ -48,6 +48,6 @@ def test_any_device_gives_the_same_figures_and_leaves_no_hooks(device):
     for place in ('meta', device):
         with torch.device(place):
             network = OmniSlowOnly(8, 8, layers=(1, 1, 1, 1), width=16)
-            counted.append(flops.count(network, torch.empty(2, 3, 4, 32, 32)))
-            flops.count(network, torch.empty(2, 3, 32, 32))
+            counted.append(flops.count(network, torch.empty(2, 3, 4, 32, 32, dtype=torch.uint8)))
+            flops.count(network, torch.empty(2, 3, 32, 32, dtype=torch.uint8))
     assert counted[0] == counted[1] and counted[0]['stem'][1] == 2 * 2 * 4 * 16 * 16 * 16
