@@ -1,7 +1,6 @@
 """Data is made ready: what is bad is named, copies keep names and colours, pictures show what was drawn."""
 
 import contextlib
-import errno
 import faulthandler
 import gc
 import io
@@ -14,7 +13,6 @@ import shutil
 import signal
 import struct
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -82,26 +80,29 @@ def test_check_names_what_cannot_be_read_and_goes_on(folder):
     Path(strange).write_bytes(b'nothing')
     process = Forked('prepare.py check in', folder)
     assert process.wait() == 1 and not process.err.read_bytes()
-    said, *lines = os.fsdecode(process.out.read_bytes()).splitlines()  # names need not be UTF-8
-    assert said == 'in: 7 files, 4 of them unreadable, see bad_samples.txt'
+    said, *lines, end = os.fsdecode(process.out.read_bytes()).splitlines()  # names need not be UTF-8
+    assert (said, end) == ('in: 7 files, 4 of them unreadable', 'all of them are in bad_samples.txt')
     assert [line.split(': ')[0] for line in lines] == ['in/end.jpg', strange, 'in/thread.png', 'in/torn.mp4']
     assert os.fsencode('\n'.join(lines)) == Path('bad_samples.txt').read_bytes().strip()
 
 
-@pytest.mark.parametrize('kind', ['video', 'image'])
-def test_check_reads_a_list_as_training_does(folder, kind):
-    """As one of videos or of images, whichever most of its files are."""
-    names = (
-        ['1.mp4', '2.mp4', 'a.png', 'gone.mp4'] if kind == 'video' else ['a.png', 'b.ppm', 'c.webp', '1.mp4']
-    )
-    for name in names[:-1] if kind == 'video' else names:
+@pytest.mark.parametrize(
+    ('dataset', 'names'),
+    [
+        (data.VideoDataset, ['1.mp4', '2.mp4', 'a.png', 'gone.mp4']),
+        (data.ImageDataset, ['a.png', 'b.ppm', 'c.webp', '1.mp4']),
+    ],
+)
+def test_check_reads_a_list_as_training_does(folder, capsys, dataset, names):
+    """As one of videos or of images, whichever its first file is; a file that is there twice counts once."""
+    for name in set(names) - {'gone.mp4'}:
         write_frames(name, 1) if sources.is_image(name) else write_video(name)
     Path('list.txt').write_text(''.join(f'{name} 0\n' for name in [*names, names[0]]))
-    dataset = data.VideoDataset if kind == 'video' else data.ImageDataset
-    samples = dataset(sources.read_list('list.txt', videos=kind == 'video'), 'val')
-    count, lines = prepare.check('list.txt')
-    bad = [samples.files.path(i) for i in range(4) if samples[i].pixels is None]
-    assert count == 4 and [line.split(': ')[0] for line in lines] == sorted(bad) and names[-1] in bad
+    samples = dataset(sources.read_list('list.txt', videos=dataset is data.VideoDataset), 'val')
+    bad = sorted(samples.files.path(i) for i in range(4) if samples[i].pixels is None)
+    ends_with(1, 'check list.txt')
+    assert f'4 files, {len(bad)} of them unreadable' in capsys.readouterr().out and names[-1] in bad
+    assert [line.split(': ')[0] for line in Path('bad_samples.txt').read_text().splitlines()] == bad
 
 
 @pytest.mark.quick
@@ -135,15 +136,11 @@ def test_check_removes_no_file_that_it_did_not_make(folder):
 def kill_or_read(name):
     if name == 'memory':
         raise MemoryError
-    if name == 'full':
-        raise OSError(errno.ENOSPC, 'No space left on device', name)
     if name == 'exits':
         os._exit(0)
     if name in ('SIGSEGV', 'SIGKILL'):
         faulthandler.disable()  # pytest's, which writes at length
         os.kill(os.getpid(), getattr(signal, name))
-    if name == 'later':  # when it has no job
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
     if name == 'sleeps':
         Path('started').touch()
         time.sleep(1000)
@@ -162,14 +159,6 @@ def test_files_that_kill_their_process_are_named_and_cost_no_other(monkeypatch, 
     expected = [KILLED if name in bad else 'MemoryError' if name == 'memory' else '' for (name,) in jobs]
     assert list(prepare.in_parallel(kill_or_read, jobs, 'reading')) == list(zip(jobs, expected))
     assert not multiprocessing.active_children()
-
-
-def test_a_job_that_was_not_begun_goes_to_another_process(monkeypatch):
-    monkeypatch.setattr(command, 'cores', lambda: 1)
-    results = prepare.in_parallel(kill_or_read, [('later',), ('1',), ('2',)], 'reading')
-    next(results)
-    time.sleep(0.5)
-    assert [reason for _, reason in results] == ['', '']
 
 
 WHOLE = {  # what is damaged: the options of `write_video`; for a picture those of Pillow
@@ -220,19 +209,6 @@ def test_damaged_files_neither_hang_nor_crash(tmp_path):
     assert '' in reasons.values() and 20 < sum(map(bool, reasons.values()))
     terms = KILLED, 'AssertionError', 'MemoryError', 'Cannot allocate memory'
     assert not {job: reason for job, reason in reasons.items() if reason.startswith(terms)}
-
-
-def test_a_full_disk_ends_all():
-    with pytest.raises(OSError, match='No space left on device.*; the files that are finished stay'):
-        list(prepare.in_parallel(kill_or_read, [('1',), ('full',), ('2',)], 'reading'))
-    assert not multiprocessing.active_children()
-
-
-def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(command, 'LINE_EVERY', 0)
-    monkeypatch.setattr(command, 'cores', lambda: 1)
-    list(prepare.in_parallel(kill_or_read, [('1',), ('2',)], 'reading'))
-    assert capsys.readouterr().err.splitlines() == ['reading: 1 of 2 files', 'reading: 2 of 2 files']
 
 
 def in_another_process(code, cwd):
@@ -300,8 +276,7 @@ def test_encode_keeps_names_and_frames_and_goes_on_in_folders_with_a_colon(folde
     for _ in range(2):
         ends_with(1, 'encode in:1 out:1 --short-side 64 --gop 8')
         output = capsys.readouterr().out
-        assert 'in:1: 4 files, 1 of them unreadable, see out:1/bad' in output
-        assert re.search(r'out:1: 3 copies of \d+\.\d MB, their originals have \d+\.\d MB\n', output)
+        assert 'in:1: 4 files, 1 of them unreadable\nin:1/torn.mp4: ' in output
         assert Path('out:1/bad_samples.txt').read_text().startswith('in:1/torn.mp4: ')
         assert {*map(str, Path('out:1').rglob('*.*'))} == {*copies, 'out:1/bad_samples.txt'}
         times.append([os.stat(copy).st_mtime_ns for copy in copies])
@@ -514,17 +489,18 @@ def test_an_encode_has_its_folder_alone_and_ctrl_c_ends_it_in_one_line(folder):
     assert process.wait() == 130 and process.out.read_text() == ''
     assert process.err.read_text() == 'prepare.py: stopped\n'
     assert os.listdir('out') == ['bad_samples.txt']
-    assert prepare.encode('in', 'out') == (1, [])
+    prepare.encode('in', 'out')
+    assert os.listdir('out') == ['a.mp4']
 
 
 # show -----------------------------------------------------------------------------------------------------
 
 
-def place(picture, pixels, left=2):
-    """How far down a PNG shows uint8 (3, H, W), so far from its left edge."""
+def place(picture, pixels):
+    """How far down a PNG shows uint8 (3, H, W) at its left edge."""
     pixels = pixels.permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
-    shown = np.asarray(Image.open(picture))[:, left : left + width]
+    shown = np.asarray(Image.open(picture))[:, 4 : 4 + width]
     return next((y for y in range(len(shown) - height) if (shown[y : y + height] == pixels).all()), None)
 
 
@@ -538,27 +514,23 @@ def test_show_draws_what_is_read_and_what_is_fed(demo, monkeypatch, capsys):
     with VideoReader(videos.path(0)) as video:
         first = data.sample_frames(len(video), rng=dataset.generator('augmentation', 0, 0))[0, :1]
         read = torch.from_numpy(video.get_batch(first)[0]).permute(2, 0, 1)
-    photo = data.to_tensor(Image.open(images.path(0)))
-    places = [place('seen.png', pixels) for pixels in (read, dataset[0, 0].pixels[:, 0], photo)]
-    fed = data.ImageDataset(images, size=64)[0, 0].pixels
-    assert place('seen.png', fed, left=2 + photo.shape[2] + 2) == places[-1]
+    photo, fed = data.to_tensor(Image.open(images.path(0))), data.ImageDataset(images, size=64)[0, 0].pixels
+    places = [place('seen.png', pixels) for pixels in (read, dataset[0, 0].pixels[:, 0], photo, fed)]
     assert None not in places and places == sorted(places)
 
 
 def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys):
     ends_with(1, 'show a.png')
-    assert capsys.readouterr().err.startswith('prepare.py: nothing to show: name --video-list')
+    assert capsys.readouterr().err.startswith('prepare.py: data/demo/video_train.txt: no such list')
     os.mkdir('in/a')
     os.mkdir('in/b')
     write_video('in/a/1.mp4', num_frames=20)
     Path('in/b/torn.mp4').write_bytes(b'nothing')
-    Image.new('RGB', (90, 60), 'red').save('in/a/1.jpg')
-    prepare.main('show a.png --video-list in --image-list in --size 56'.split())
-    assert capsys.readouterr().out.endswith('wrote a.png\n')
+    prepare.main('show a.png --video-list in --size 56'.split())
     replaced = data.VideoDataset(sources.read_list('in', videos=True), size=56)[0, 1]
     assert replaced.path == 'in/a/1.mp4' and place('a.png', replaced.pixels[:, 0])
     os.remove('in/a/1.mp4')
-    line = fails(prepare.main, f'show b.png --video-list {folder}/in')
+    line = fails(prepare.main, f'show {folder}/b.png --video-list {folder}/in')
     assert line == f'prepare.py: {folder}/in: 11 samples in a row are unreadable'
 
 
@@ -578,27 +550,12 @@ def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
     assert Path('set/image_labels.txt').exists() and Path('bad_samples.txt').read_text()
 
 
-def test_titles_are_whole_and_legible(tmp_path):
-    rows, long = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], 'taken for ' * 40 + 'x' * 300
-    lines = command.ascii_lines(long, 40)
-    assert ''.join(lines).replace(' ', '') == long.replace(' ', '') and max(map(len, lines)) <= 40
-    assert command.ascii_lines('Pokémon 中 \udcff', 99) == [r'Pokemon \u4e2d \udcff']
-    heights = []
-    for title in ('short', long):
+def test_titles_are_whole_and_any_text_can_be_one(tmp_path):
+    rows, heights = [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], []
+    for title in ('short', 'taken for ' * 40, 'x' * 300 + ' \u4e2d \udcff'):
         command.draw_rows(tmp_path / 'a.png', rows, [title], 8)
         heights.append(Image.open(tmp_path / 'a.png').height)
-    assert heights[1] - heights[0] >= 16 * 7
-
-
-def test_short_rows_stand_beside_each_other(tmp_path):
-    reds = torch.zeros(6, 1, 3, 8, 8, dtype=torch.uint8)
-    reds[:, 0, 0] = torch.arange(1, 240, 40)[:, None, None]
-    command.draw_rows(tmp_path / 'a.png', reds, ['one line', *['x ' * 60] * 5], 8)
-    picture = np.asarray(Image.open(tmp_path / 'a.png')).astype(int)
-    corners = [np.argwhere((picture == (red, 0, 0)).all(-1)).min(0) for red in range(1, 240, 40)]
-    assert [x // 240 for _, x in corners] == [0, 1, 2, 3, 0, 1] and picture.shape[1] == 960
-    tops = [y for y, _ in corners]
-    assert len({*tops[:4]}) == len({*tops[4:]}) == 1 and tops[4] - tops[0] >= 8 + 2 * 16
+    assert heights[1] - heights[0] == 16 * 4 and heights[2] - heights[0] == 16 * 3
 
 
 # demo and messages ----------------------------------------------------------------------------------------
@@ -619,28 +576,20 @@ def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
-def test_two_outputs_of_one_name_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command.check_writable('a', 'b', None, '/dev/null')
-    with pytest.raises(OSError, match='a: two outputs of one name'):
-        command.check_writable('a', 'b', f'{tmp_path}/a')
-
-
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
         ('check nowhere.txt', 'prepare.py: nowhere.txt: No such file or directory'),
         ('check empty', 'empty: no videos or images below it'),
-        ('check empty --out nowhere/bad.txt', 'nowhere/bad.txt: No such file or directory'),
+        ('check empty --out nowhere/bad.txt', 'nowhere/bad.txt: cannot be written'),
         ('check data/demo/video_train.txt', 'others from all over data/demo/video_train.txt; --root'),
-        ('encode nowhere out', 'nowhere: not a folder'),
+        ('encode nowhere out', 'nowhere: no videos or images below it'),
         ('encode data/demo data/../data/demo', 'data/../data/demo: the copy needs a folder of its own'),
         ('encode in out --crf 52', "argument --crf: '52' is not a whole number of at least 0, below 52"),
-        ('encode in out --gop 3000000000', "argument --gop: '3000000000' is not"),
         ('demo data/demo/video_train.txt', 'Not a directory'),
         ('show a.png --video-list nothing.txt', 'nothing.txt: no such list'),
         ('encode in out --gopp 2', 'unrecognized arguments: --gopp 2 (--help lists all flags)'),
-        ('show nowhere/a.png', 'nowhere/a.png cannot be written'),
+        ('show nowhere/a.png', 'nowhere/a.png: cannot be written'),
     ],
 )
 def test_mistakes_are_one_line(demo, fails, command, message):
