@@ -60,8 +60,7 @@ def write_frames(path, count, size=(96, 64), **options):
 def turn(path):
     """Turn a video on its side, as a telephone does: in the header of its track."""
     content = bytearray(Path(path).read_bytes())
-    matrix = content.index(b'tkhd') + 44
-    content[matrix : matrix + 20] = struct.pack('>5i', 0, 1 << 16, 0, -1 << 16, 0)
+    struct.pack_into('>5i', content, content.index(b'tkhd') + 44, 0, 1 << 16, 0, -1 << 16, 0)
     Path(path).write_bytes(content)
 
 
@@ -106,30 +105,20 @@ def test_check_reads_a_list_as_training_does(folder, capsys, dataset, names):
 
 
 @pytest.mark.quick
-def test_check_takes_one_file(folder):
-    write_video('clip.mp4')
-    write_frames('a.gif', 3)
-    write_frames('photo.ppm', 1)
-    Path('torn.mkv').write_bytes(b'nothing')
-    for name in ('clip.mp4', 'a.gif', 'photo.ppm'):
-        prepare.main(['check', name])
-    assert not Path('bad_samples.txt').exists()
-    ends_with(1, 'check torn.mkv')
-
-
 def test_a_name_with_a_line_break_takes_one_line(folder, capsys):
     Path('in/a\nb.mp4').write_bytes(b'nothing')
-    ends_with(1, 'check in')
-    lines = Path('bad_samples.txt').read_text().splitlines()
-    assert len(lines) == 1 and lines[0].startswith('in/a\\nb.mp4: ') and lines[0] in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        prepare.main(['check', 'in/a\nb.mp4'])
+    [line] = Path('bad_samples.txt').read_text().splitlines()
+    assert line.startswith('in/a\\nb.mp4: ') and line in capsys.readouterr().out
 
 
 def test_check_removes_no_file_that_it_did_not_make(folder):
-    write_frames('in/a.png', 1)
+    write_frames('a.gif', 3)
     os.symlink('/dev/null', 'device')
     Path('mine').write_text('of an earlier time')
     for out in ('device', 'mine', 'new'):
-        prepare.main(['check', 'in', '--out', out])
+        prepare.main(['check', 'a.gif', '--out', out])
     assert os.path.islink('device') and Path('mine').read_text() == '' and not Path('new').exists()
 
 
@@ -144,8 +133,6 @@ def kill_or_read(name):
     if name == 'sleeps':
         Path('started').touch()
         time.sleep(1000)
-    if name == 'torch':
-        torch.nn.functional.interpolate(torch.rand(8, 3, 256, 256), (128, 128)) @ torch.rand(128, 128)
 
 
 KILLED = 'its process died: a decoder crash, or out of memory'
@@ -174,37 +161,36 @@ WHOLE = {  # what is damaged: the options of `write_video`; for a picture those 
     **{f'a.{ending}': {} for ending in ('jpg', 'png', 'webp', 'bmp')},
     'a.gif': {'codec': 'gif', 'pix_fmt': 'rgb8'},
     'progressive.jpg': {'progressive': True},
-    'lossless.webp': {'lossless': True},
 }
 
 
-def read_damaged(path, seed):
+def read_damaged(path):
     resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # a process that hangs is killed
     with contextlib.suppress(av.FFmpegError, OSError, ValueError), VideoReader(path) as video:
-        some = np.random.default_rng(seed).integers(len(video), size=5)
+        some = np.random.default_rng(0).integers(len(video), size=5)
         assert np.array_equal(video.get_batch(some), video.get_batch(some[::-1])[::-1])
     prepare.check_file(path, sources.is_image(path))
 
 
 def test_damaged_files_neither_hang_nor_crash(tmp_path):
     """Nor do they take memory without end, and asked for twice, a frame is the same."""
-    rng, scene, jobs = np.random.default_rng(0), tmp_path / 'scene.mp4', []
-    with VideoReader(write_video(scene, 1, size=(64, 96))) as video:
-        scene = Image.fromarray(video.get_batch([0])[0])
+    rng, jobs = np.random.default_rng(0), []
     for name, options in WHOLE.items():
         path = tmp_path / name
-        scene.save(path, **options) if sources.is_image(name) else write_video(path, 25, **options)
+        if sources.is_image(name):
+            Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)).save(path, **options)
+        else:
+            write_video(path, 25, **options)
         content = path.read_bytes()
         for number in range(6):
             start, length = int(rng.integers(len(content))), int(2 ** rng.uniform(0, 11))
-            before, after = content[:start], content[start + length :]
             flipped = np.frombuffer(content, np.uint8).copy()
-            bits = 1 << rng.integers(8, size=length, dtype=np.uint8)
-            flipped[rng.integers(len(content), size=length)] ^= bits
-            zeros, noise = before + bytes(length) + after, before + rng.bytes(length) + after
-            jobs.append((str(tmp_path / f'{number}_{name}'), number))
-            Path(jobs[-1][0]).write_bytes([zeros, noise, before + after, before, flipped][number % 5])
+            flipped[rng.integers(len(content), size=length)] ^= 1 << rng.integers(8, dtype=np.uint8)
+            middles = bytes(length), rng.bytes(length), b''
+            damaged = [content[:start] + middle + content[start + length :] for middle in middles]
+            jobs.append((str(tmp_path / f'{number}_{name}'),))
+            Path(*jobs[-1]).write_bytes([*damaged, content[:start], flipped][number % 5])
     reasons = dict(prepare.in_parallel(read_damaged, jobs, 'reading'))
     assert '' in reasons.values() and 20 < sum(map(bool, reasons.values()))
     terms = KILLED, 'AssertionError', 'MemoryError', 'Cannot allocate memory'
@@ -233,50 +219,27 @@ def test_processes_end_with_the_one_that_started_them(folder):
     os.close(reader)
 
 
-@pytest.mark.parametrize(
-    ('quota', 'expected'),
-    [('max 100000', 64), ('250000 100000', 3), ('1000 100000', 1), ('9900000 100000', 64), ('', 64)],
-)
+@pytest.mark.parametrize(('quota', 'expected'), [('max 100000', 64), ('250000 100000', 3)])
 def test_a_container_s_quota_counts(monkeypatch, quota, expected):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64), raising=False)
-    monkeypatch.setattr(distributed, 'open', lambda path: io.StringIO(f'{quota}\n'), raising=False)
+    monkeypatch.setattr(distributed, 'open', lambda path: io.StringIO(quota), raising=False)
     assert distributed.cores() == expected
-    monkeypatch.delattr(os, 'sched_getaffinity')
-    monkeypatch.setattr(os, 'cpu_count', lambda: 64)
-    assert distributed.cores() == expected
-
-
-def test_torch_may_have_computed_before(folder):
-    """Its threads are not there in a forked process."""
-    code = """
-torch.set_num_threads(4)
-weight = torch.rand(800, 800, requires_grad=True)
-torch.nn.functional.conv2d((weight @ weight)[None, None], torch.rand(8, 1, 3, 3)).sum().backward()
-torch.nn.functional.interpolate(torch.rand(8, 3, 512, 512), (256, 256))
-print({reason for _, reason in run(*['torch'] * 9)})
-"""
-    process = in_another_process(code, folder)
-    assert process.wait() == 0 and process.out.read_text() == "{''}\n"
 
 
 # encode ---------------------------------------------------------------------------------------------------
 
 
 def test_encode_keeps_names_and_frames_and_goes_on_in_folders_with_a_colon(folder, capsys):
-    os.mkdir('in/a b')
-    write_video('in/a b/wide.MKV', num_frames=40, size=(96, 300), codec='mpeg4')
-    write_video('in/small.avi', num_frames=20, codec='mpeg4')
-    turn(write_video('in/small.mp4', num_frames=20, size=(49, 67), pix_fmt='yuv444p'))
-    Path('in/torn.mp4').write_bytes(b'nothing' * 100)
-    Path('in/._small.mp4').write_bytes(b'nothing')
-    os.rename('in', 'in:1')
+    os.makedirs('in:1/a b')
+    write_video(folder / 'in:1/a b/wide.MKV', num_frames=40, size=(96, 300), codec='mpeg4')
+    turn(write_video(folder / 'in:1/small.mp4', num_frames=20, size=(49, 67), pix_fmt='yuv444p'))
+    Path('in:1/torn.mp4').write_bytes(b'nothing' * 100)
     os.makedirs('out:1/a b')
     Path('out:1/a b/wide.MKV.part').write_bytes(b'half')  # of a run that was killed
-    copies, times = ['out:1/a b/wide.MKV', 'out:1/small.avi', 'out:1/small.mp4'], []
+    copies, times = ['out:1/a b/wide.MKV', 'out:1/small.mp4'], []
     for _ in range(2):
         ends_with(1, 'encode in:1 out:1 --short-side 64 --gop 8')
-        output = capsys.readouterr().out
-        assert 'in:1: 4 files, 1 of them unreadable\nin:1/torn.mp4: ' in output
+        assert 'in:1: 3 files, 1 of them unreadable\nin:1/torn.mp4: ' in capsys.readouterr().out
         assert Path('out:1/bad_samples.txt').read_text().startswith('in:1/torn.mp4: ')
         assert {*map(str, Path('out:1').rglob('*.*'))} == {*copies, 'out:1/bad_samples.txt'}
         times.append([os.stat(copy).st_mtime_ns for copy in copies])
@@ -293,30 +256,24 @@ def test_encode_keeps_names_and_frames_and_goes_on_in_folders_with_a_colon(folde
         assert Path(f'out:1/{name}').read_bytes()[4:8] == b'ftyp'  # an MP4
 
 
-def test_encode_makes_images_small_and_copies_what_is_small(folder, capsys):
+def test_encode_makes_images_small_and_copies_what_is_small(folder):
     y, x = np.mgrid[0:400, 0:601]
     picture = Image.fromarray(np.stack([y / 2, x / 3, (y + x) / 8], 2).astype(np.uint8))
-    small = picture.crop((0, 0, 80, 100))
     picture.convert('RGBA').save('in/wide.png')
-    small.save('in/small.png')
+    picture.crop((0, 0, 80, 100)).save('in/small.png')
     write_frames('in/moves.gif', 3, (400, 400))
-    write_frames('in/moves.webp', 3, (400, 400))
-    for image, name, size in ((picture, 'in/torn.jpg', 5000), (small, 'in/torn.png', 200)):
-        image.save(name)
-        os.truncate(name, size)
+    for name, image, size in (('torn.jpg', picture, 5000), ('torn.png', Image.open('in/small.png'), 200)):
+        image.save(f'in/{name}')
+        os.truncate(f'in/{name}', size)
     write_video('in/small.mp4', num_frames=20, options={'g': '4'})
     write_video('in/long.mp4', num_frames=20, options={'g': '20'})
     ends_with(1, 'encode in out')
-    assert 'in: 8 files, 2 of them unreadable' in capsys.readouterr().out
     bad = [line.split(':')[0] for line in Path('out/bad_samples.txt').read_text().splitlines()]
     assert bad == ['in/torn.jpg', 'in/torn.png']
-    for name in ('small.png', 'small.mp4'):
-        assert Path('in', name).read_bytes() == Path('out', name).read_bytes()
-    assert Path('in/long.mp4').read_bytes() != Path('out/long.mp4').read_bytes()
-    with Image.open('out/wide.png') as image:
-        assert (image.format, image.size) == ('JPEG', (385, 256))
-    with VideoReader('out/moves.gif') as video:  # a GIF is a video, anything else that Pillow reads an image
-        assert len(video) == 3 and Image.open('out/moves.webp').format == 'JPEG'
+    for name, copied in (('small.png', True), ('small.mp4', True), ('long.mp4', False)):
+        assert (Path('in', name).read_bytes() == Path('out', name).read_bytes()) == copied
+    with Image.open('out/wide.png') as image, VideoReader('out/moves.gif') as video:
+        assert (image.format, image.size, len(video)) == ('JPEG', (385, 256), 3)
     load = data.ImageDataset(None, 'val').load
     assert (load('out/wide.png', None).float() - load('in/wide.png', None)).abs().mean() < 2
 
@@ -342,16 +299,6 @@ def test_a_video_that_has_lost_its_end_is_named(folder, capsys):
     with pytest.raises(ValueError, match='cut off'):
         prepare.check_whole('in/torn.avi')
     assert sorted(os.listdir('out')) == ['bad_samples.txt', 'whole_torn.avi', 'whole_torn.mp4']
-
-
-def test_a_clean_encode_leaves_no_list(folder, capsys):
-    write_video('in/a.mp4')
-    os.mkdir('out')
-    Path('out/bad_samples.txt').write_text('of an earlier time')
-    for _ in range(2):
-        prepare.main('encode in out --crf 30'.split())
-        assert os.listdir('out') == ['a.mp4']
-    assert '1 of 1 files are in out and stay as they are' in capsys.readouterr().out
 
 
 COLOURS = [(180, 60, 60), (60, 180, 60), (60, 60, 180), (200, 200, 40), (128,) * 3, (30,) * 3, (225,) * 3]
@@ -404,10 +351,8 @@ def test_encode_keeps_the_colours_of_every_line_of_interlaced_video(tmp_path):
     flat[::2], flat[1::2] = (200, 50, 50), (50, 50, 200)
     source, target = str(tmp_path / 'a.mkv'), str(tmp_path / 'b.mp4')
     with av.open(source, 'w') as container:
-        stream = container.add_stream(
-            'mpeg2video', 25, {'flags': '+ildct+ilme', 'q': '2'}, width=96, height=64
-        )
-        stream.pix_fmt = 'yuv422p'
+        stream = container.add_stream('mpeg2video', 25, {'flags': '+ildct+ilme', 'q': '2'})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, 'yuv422p'
         for _ in range(3):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(flat, 'rgb24').reformat(format='yuv422p')))
         container.mux(stream.encode(None))
@@ -418,14 +363,14 @@ def test_encode_keeps_the_colours_of_every_line_of_interlaced_video(tmp_path):
             assert np.abs(video.get_batch([0, 2]) - flat.astype(float)).mean() < 8, path
 
 
-def test_a_frame_that_is_shown_for_hours_or_days_delays_the_next_ones(tmp_path):
-    for gap, clock in ((3700, 90_000), (100 * 3600, 5965)):
-        times = [0, 20, 40, gap * 600, gap * 600 + 20]  # in 1/600 s
-        path = write_video(tmp_path / 'a.mkv', 5, times=times)
-        prepare.encode_video(path, str(tmp_path / 'b.mp4'), 256, 4, 21)
-        with VideoReader(tmp_path / 'b.mp4') as copy:
-            np.testing.assert_allclose(copy.times(range(5)), np.array(times) / 600, atol=1e-3)
-            assert copy.stream.time_base.denominator == clock
+@pytest.mark.parametrize(('gap', 'clock'), [(3700, 90_000), (100 * 3600, 5965)])
+def test_a_frame_that_is_shown_for_hours_or_days_delays_the_next_ones(gap, clock, tmp_path):
+    times = [0, 20, 40, gap * 600, gap * 600 + 20]  # in 1/600 s
+    path = write_video(tmp_path / 'a.mkv', 5, times=times)
+    prepare.encode_video(path, str(tmp_path / 'b.mp4'), 256, 4, 21)
+    with VideoReader(tmp_path / 'b.mp4') as copy:
+        np.testing.assert_allclose(copy.times(range(5)), np.array(times) / 600, atol=1e-3)
+        assert copy.stream.time_base.denominator == clock
 
 
 def test_the_same_video_gives_the_same_copy(demo, tmp_path):
@@ -444,7 +389,6 @@ UNEVEN = np.cumsum([120 if i % 7 == 3 else 24 for i in range(20)]).tolist()  # i
     [
         ('a.gif', dict(codec='gif', pix_fmt='rgb8', times=UNEVEN)),
         ('a.gif', dict(num_frames=1, codec='gif', pix_fmt='rgb8')),
-        ('a.mov', dict(codec='qtrle', pix_fmt='rgb555be', size=(49, 64))),
         ('a.m2v', dict(codec='mpeg2video', options={'bf': '2'})),
         ('a.wmv', dict(codec='wmv2', size=(48, 64), times=UNEVEN)),
         ('a.avi', dict(num_frames=6, codec='mjpeg', pix_fmt='yuvj420p', times=range(0, 480, 80))),
@@ -536,12 +480,7 @@ def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys
 
 def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
     Path('in/torn.mp4').write_bytes(b'nothing')
-    for write in (
-        lambda: prepare.make_demo('set', 1, 1, 1, 1),
-        lambda: ends_with(1, 'check in'),  # which names a class first
-        lambda: ends_with(1, 'check in/torn.mp4'),
-        lambda: command.draw_rows('a.png', [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], [''], 8),
-    ):
+    for write in (lambda: prepare.make_demo('set', 1, 1, 1, 1), lambda: ends_with(1, 'check in')):
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, 'w') as gone:
@@ -563,16 +502,13 @@ def test_titles_are_whole_and_any_text_can_be_one(tmp_path):
 
 def test_demo_set_is_made_of_real_files_and_reused(demo, capsys):
     folder = demo / 'data/demo'
-    for source, count in (('video', 8 * 6), ('image', 4 * 13)):
-        files = []
-        for split in ('train', 'val'):
-            lines = (folder / f'{source}_{split}.txt').read_text().splitlines()
-            files += [folder / f'{source}s_{split}' / line.split()[0] for line in lines]
+    for name, count in (('video', 8 * 4), ('image', 4 * 10)):
+        lines = (folder / f'{name}_train.txt').read_text().splitlines()
+        files = [folder / f'{name}s_train' / line.split()[0] for line in lines]
         assert len(files) == count and all(path.stat().st_size > 500 for path in files)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
     prepare.main(['demo', str(folder)])
-    prepare.make_demo(demo / 'other', 1, 1, 1, 1)
-    assert capsys.readouterr().out == f'reusing the set in {folder}\nmaking a small set in {demo}/other\n'
+    assert capsys.readouterr().out == f'reusing the set in {folder}\n'
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
@@ -599,9 +535,7 @@ def test_mistakes_are_one_line(demo, fails, command, message):
 
 
 def test_help(capsys):
-    ends_with(0, '--help')
-    assert 'encode SRC DST' in capsys.readouterr().out
     for name in ('demo', 'check', 'encode', 'show'):
         ends_with(0, f'{name} --help')
         text = capsys.readouterr().out
-        assert text.startswith(f'usage: prepare.py {name} ') and 'in_parallel' not in text
+        assert text.startswith(f'usage: prepare.py {name} ')
