@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import PIL.PngImagePlugin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,20 +128,12 @@ def test_an_unreadable_sample_is_named_and_in_training_replaced_by_a_seeded_draw
         assert item.pixels is None and item.label == 6 and len(item.bad) == 1
 
 
-@pytest.mark.parametrize(
-    ('name', 'mode', 'size'),
-    [
-        ('a.jpg', 'CMYK', (60, 40)),
-        ('a.jpg', 'L', (60, 40)),
-        ('a.png', 'P', (60, 40)),
-        ('a.png', 'RGBA', (60, 40)),
-        ('a.png', 'RGB', (1, 1)),
-    ],
-)
-def test_pictures_of_every_kind_are_read(tmp_path, name, mode, size):
-    PIL.Image.new(mode, size).save(tmp_path / name)
-    pixels = data.ImageDataset(None, size=56).load(str(tmp_path / name), data.generator('test'))
-    assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
+def test_pictures_of_every_kind_are_read(tmp_path):
+    for ending, mode in (('jpg', 'CMYK'), ('jpg', 'L'), ('png', 'P'), ('png', 'RGBA'), ('png', '1')):
+        path = str(tmp_path / f'{mode}.{ending}')
+        PIL.Image.new(mode, (60, 40)).save(path)
+        pixels = data.ImageDataset(None, size=56).load(path, data.generator('test'))
+        assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
 
 
 @pytest.mark.parametrize('turn', [1, 6])
@@ -200,12 +191,8 @@ def test_pictures_are_upright_in_training_validation_and_copies(tmp_path, monkey
 BROKEN = {
     'nothing': b'',
     'no header': b'nothing at all',
-    'its end': b'MM',
     'no directory': b'II*\0\xff\xff\xff\0',
-    'a text': struct.pack('<4sIHHHI4sI', b'II*\0', 8, 1, 0x0112, 2, 2, b'6\0\0\0', 0),
-    'no number': struct.pack('<4sIHHHI4sI', b'II*\0', 8, 1, 0x0112, 3, 0, b'', 0),
     'two numbers': struct.pack('<4sIHHHIHHI', b'II*\0', 8, 1, 0x0112, 3, 2, 6, 6, 0),
-    'another number': struct.pack('<4sIHHHIHHI', b'II*\0', 8, 1, 0x0112, 3, 1, 9, 0, 0),
     'a rational without a value': struct.pack('<4sIHHHIII', b'II*\0', 8, 1, 0x0112, 5, 1, 9999, 0),
 }
 
@@ -217,10 +204,6 @@ def test_a_sound_picture_with_broken_metadata_is_read(tmp_path, exif):
         PIL.Image.new('RGB', (96, 64), 'white').save(path, exif=b'Exif\0\0' + exif)
         prepare.check_file(path, True)
         assert data.ImageDataset(None, 'val', size=56).load(path, None).min() > 250
-    text = PIL.PngImagePlugin.PngInfo()
-    text.add_text('Raw profile type exif', '\nexif\n 4\nnot hexadecimal')
-    PIL.Image.new('RGB', (96, 64), 'white').save(tmp_path / 'text.png', pnginfo=text)
-    prepare.check_file(str(tmp_path / 'text.png'), True)
 
 
 def test_an_ending_tells_images_from_videos(tmp_path):
@@ -276,8 +259,8 @@ def test_deep_greys_are_scaled_or_refused(tmp_path):
 
 
 def test_a_thread_of_an_image_does_not_fill_the_memory(tmp_path):
-    PIL.Image.fromarray(np.zeros((1, 60_000, 3), dtype=np.uint8)).save(tmp_path / 'thread.png')
     path = str(tmp_path / 'thread.png')
+    PIL.Image.new('RGB', (60_000, 1)).save(path)
     assert data.ImageDataset(None).load(path, data.generator('test')).shape == (3, 224, 224)
     with pytest.raises(ValueError, match='60000x1 is too long and thin'):
         data.ImageDataset(None, 'val').load(path, None)
@@ -335,7 +318,7 @@ def test_a_batch_follows_from_its_step_and_number_alone():
 
 
 def test_the_published_recipe_s_steps():
-    """1,878 steps of 16 videos and 85 images on each of 8 GPUs; no image twice in a pass over them."""
+    """Of 16 videos and 85 images on each of 8 GPUs; no image twice in a pass over them."""
     sampler = data.JointSampler({'video': 240_435, 'image': 1_281_167}, {'video': 16, 'image': 85}, 8)
     assert sampler.steps_per_epoch == 1878
     images = [key for batch in steps_of(sampler, 1900, [3]) for key in batch if key[0] == 'image']

@@ -460,7 +460,7 @@ def test_every_kind_that_is_listed_is_opened(tmp_path):
 
 
 def test_a_frame_that_is_too_large(tmp_path):
-    """Two kilobytes, and 676 MB to decode."""
+    """Few bytes, and 676 MB to decode."""
     size, path = (13_000).to_bytes(2, 'little') * 2, tmp_path / 'a.gif'
     pixel = b'\x21\xf9\4\0\2\0\0\0\x2c' + bytes(4) + b'\1\0\1\0\0\2\2\x44\1\0'
     path.write_bytes(b'GIF89a' + size + b'\x80\0\0' + b'\0\0\0\xff\xff\xff' + 9 * pixel + b';')
@@ -485,18 +485,13 @@ def test_a_file_is_a_file_whatever_its_name_and_metadata(tmp_path, monkeypatch):
 
 
 def test_a_promise_that_decoding_does_not_keep(tmp_path, monkeypatch):
-    """However a count is wrong: each call says so that meets it, and none gives other pixels later."""
-    path = write_video(tmp_path / 'a.mp4', 30, options={'g': '10', 'bf': '0'})
-    expected = decode_all(path)
-    decode = VideoReader.decode
+    path, decode = write_video(tmp_path / 'a.mp4', 30, options={'g': '10', 'bf': '0'}), VideoReader.decode
+    monkeypatch.setattr(VideoReader, 'decode', lambda self: itertools.islice(decode(self), 29))
+    monkeypatch.setattr(VideoReader, '_decode_near', lambda self, wanted: iter(()))
     with VideoReader(path) as video:
-        monkeypatch.setattr(VideoReader, 'decode', lambda self: itertools.islice(decode(self), 29))
-        monkeypatch.setattr(video, '_decode_near', lambda wanted: iter(()))
         for _ in range(2):
             with pytest.raises(ValueError, match='only 29 of its 30 frames can be decoded'):
                 video.get_batch([3])
-        monkeypatch.undo()
-        np.testing.assert_array_equal(video.get_batch([3]), expected[[3]])
 
 
 @pytest.mark.parametrize('damaged', [16, 22, 36, 51])
