@@ -111,7 +111,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     Names stay the same, so lists stay valid: x.avi then holds an MP4 and x.png a JPEG; FFmpeg and Pillow look
     at the content. Finished files are left alone, so a stopped copy can go on.
     """
-    if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
+    if Path(target).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}')
     paths = files_of(source)
     copies = [os.path.join(target, os.path.relpath(path, source)) for path in paths]
@@ -123,8 +123,8 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     lock = open(out, 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
+    jobs = [(*pair, short_side, gop, crf) for pair in zip(paths, copies)]
     try:
-        jobs = [(*pair, short_side, gop, crf) for pair in zip(paths, copies)]
         work_through(encode_file, jobs, source, out)
         os.remove(out)  # it is empty
     finally:
@@ -133,11 +133,10 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Re-encode a video or image, its short side at most `short_side` (bicubic). A file already as small (a
-    video: H.264 with as many key frames) is copied.
+    """Re-encode a video or image, its short side at most `short_side`, or copy it if it is as small already (a
+    video: H.264 with as many key frames). A damaged source can raise any Exception.
 
-    A `target` that exists is finished, because it is written beside and renamed; it is left alone. Raises
-    OSError if it cannot be written; a damaged source can raise any Exception.
+    A `target` that exists is finished, because it is written beside and renamed; it is left alone.
     """
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
@@ -149,8 +148,8 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     else:
         with VideoReader(source) as video:
             codec = video.stream.codec_context
-            small = min(codec.width, codec.height) <= short_side
-            small = small and codec.name == 'h264' and video.group <= gop
+            quick = codec.name == 'h264' and video.group <= gop
+            small = quick and min(codec.width, codec.height) <= short_side
     if small:
         check_file(source, as_image)
         shutil.copyfile(source, part)
@@ -253,15 +252,14 @@ DEMO_PATTERNS = {  # where each is bright; coordinates grow by 1 per repetition
 
 def make_demo(
     root: str, train_videos: int = 50, val_videos: int = 12, train_images: int = 150, val_images: int = 20
-):
+) -> None:
     """Make a small set of real files below a folder: MP4 videos, JPEG images, their lists and label maps.
 
-    Images show one of four patterns. Videos show one of them rising or falling, which makes eight classes. A
-    single frame is equally likely in both directions, so it takes several to tell; mirroring changes neither.
-    Counts are per class. A set that has `image_labels.txt`, which is written last, is left as it is.
+    Images show one of four patterns. Videos show one of them rising or falling, which makes eight classes; it
+    takes several frames to tell. Counts are per class. A complete set is left as it is.
     """
     root = Path(root)
-    if (root / 'image_labels.txt').exists():
+    if (root / 'image_labels.txt').exists():  # it is written last
         say(f'reusing the set in {root}')
         return
     say(f'making a small set in {root}')
