@@ -67,9 +67,10 @@ def work_through(function: Callable, jobs: list[tuple], title: str, out: str) ->
     bad = ['\\n'.join(line.splitlines()) for line in bad]  # one line each, even if a name has a line break
     if bad or os.path.exists(out):
         Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
-    say(f'{title}: {len(jobs)} files, {len(bad)} of them unreadable')
+    see = f', see {out}' if bad else ''
+    say(f'{title}: {len(jobs)} files, {len(bad)} of them unreadable{see}')
     if bad:
-        say('\n'.join([*bad[:10], f'all of them are in {out}']))
+        say('\n'.join(bad[:10]))
         sys.exit(1)
 
 
@@ -133,8 +134,8 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Re-encode a video or image, its short side at most `short_side`, or copy it if it is as small already (a
-    video: H.264 with as many key frames). A damaged source can raise any Exception.
+    """Re-encode a video or image, its short side at most `short_side`, or copy it if it is as small already
+    (a video: H.264 with as many key frames). A damaged source can raise any Exception.
 
     A `target` that exists is finished, because it is written beside and renamed; it is left alone.
     """

@@ -78,11 +78,15 @@ def whole_file(path: str, mode: str = 'wb', **options) -> Iterator[IO]:
 
 
 def check_writable(*paths: str | None) -> None:
-    """Raise OSError if `whole_file` would fail at once for one of the paths."""
+    """Raise OSError if `whole_file` would fail at once for one of the paths, or if two are one file."""
+    seen = set()
     for path in filter(None, paths):
         there = path if is_device(path) else os.path.dirname(path) or '.'
         if os.path.isdir(path) or not os.access(there, os.W_OK):
             raise OSError(f'{path}: cannot be written')
+        if os.path.realpath(path) in seen:
+            raise OSError(f'{path}: two outputs of one name')
+        seen.add(os.path.realpath(path))
 
 
 def is_device(path: str) -> bool:
