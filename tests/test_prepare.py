@@ -12,7 +12,6 @@ import select
 import shutil
 import signal
 import struct
-import sys
 import time
 from pathlib import Path
 
@@ -476,17 +475,6 @@ def test_show_draws_what_there_is_and_says_what_is_missing(folder, fails, capsys
     os.remove('in/a/1.mp4')
     line = fails(prepare.main, f'show {folder}/b.png --video-list {folder}/in')
     assert line == f'prepare.py: {folder}/in: 11 samples in a row are unreadable'
-
-
-def test_a_reader_that_has_gone_loses_nothing(folder, monkeypatch):
-    Path('in/torn.mp4').write_bytes(b'nothing')
-    for write in (lambda: prepare.make_demo('set', 1, 1, 1, 1), lambda: ends_with(1, 'check in')):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with open(writer, 'w') as gone:
-            monkeypatch.setattr(sys, 'stdout', gone)
-            write()
-    assert Path('set/image_labels.txt').exists() and Path('bad_samples.txt').read_text()
 
 
 def test_titles_are_whole_and_any_text_can_be_one(tmp_path):
