@@ -24,34 +24,31 @@ from PIL import Image
 
 import data
 from runtime import sources
-from runtime.command import Parser, draw_rows, in_parallel, number
+from runtime.command import Parser, check_writable, draw_rows, in_parallel, number
 from runtime.distributed import about_file, locked, open_outputs, say
 from video import VideoReader, local
 
 # check: what training and evaluation cannot read ----------------------------------------------------------
 
 
-def check(source: str, root: str = '') -> tuple[int, list[str]]:
+def check(source: str, root: str = '', out: str = 'bad_samples.txt') -> None:
     """Read one file, or every file of a list or folder, to the end, as training and evaluation do.
 
-    A file's ending tells an image from a video. A list counts as one of what most of its files are. Returns
-    the number of files and `path: reason` for each bad one. Raises OSError or ValueError if there are none.
+    A file's ending tells an image from a video; for a list, that of its first file does.
     """
+    check_writable(out)
     if os.path.isdir(source):
         jobs = [(path, sources.is_image(path)) for path in files_of(source)]
-    elif source.lower().endswith(sources.VIDEO_ENDINGS + sources.image_endings()):
+    elif sources.is_image(source) or source.lower().endswith(sources.VIDEO_ENDINGS):
         jobs = [(source, sources.is_image(source))]
     else:
         files = sources.read_list(source, root, videos=True)
-        paths = [files.path(index) for index in range(len(files))]
-        as_image = sum(map(sources.is_image, paths)) > len(paths) / 2
+        as_image = sources.is_image(files.path(0))
         if as_image:
             files = sources.read_list(source, root)
         sources.check_there(files, source, '--root')
         jobs = [(files.path(index), as_image) for index in range(len(files))]
-    jobs = [*dict.fromkeys(jobs)]  # a list may name a file twice
-    bad = [f'{path}: {reason}' for (path, _), reason in in_parallel(check_file, jobs, 'checking') if reason]
-    return len(jobs), sorted(bad)
+    work_through(check_file, [*dict.fromkeys(jobs)], source, out)  # a list may name a file twice
 
 
 def files_of(folder: str) -> list[str]:
@@ -60,6 +57,21 @@ def files_of(folder: str) -> list[str]:
     if not paths:
         raise ValueError(f'{folder}: no videos or images below it')
     return paths
+
+
+def work_through(function: Callable, jobs: list[tuple], title: str, out: str) -> None:
+    """Do the jobs, whose first argument is a path. If some fail, list them in the file `out` and exit with 1.
+    Raises OSError on a full disk."""
+    with contextlib.closing(in_parallel(function, jobs, title)) as results:
+        bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
+    bad = ['\\n'.join(line.splitlines()) for line in bad]  # one line each, even if a name has a line break
+    if bad or os.path.exists(out):
+        Path(out).write_text(''.join(f'{line}\n' for line in bad), 'utf-8', 'surrogateescape')
+    see = f', see {out}' if bad else ''
+    say(f'{title}: {len(jobs)} files, {len(bad)} of them unreadable{see}')
+    if bad:
+        say('\n'.join(bad[:10]))
+        sys.exit(1)
 
 
 def check_file(path: str, as_image: bool) -> None:
@@ -80,65 +92,56 @@ def check_whole(path: str) -> None:
     with open(path, 'rb') as file:
         while start < size:
             file.seek(start)
-            head = file.read(16)
-            name, length = head[4:8], int.from_bytes(head[:4], 'big')
-            if length == 1:  # it follows, in 64 bits
-                length = int.from_bytes(head[8:], 'big')
+            head = file.read(8)
+            name, length = head[4:], int.from_bytes(head[:4], 'big')
             if head[:4] == b'RIFF':  # AVI
-                name, length = b'RIFF', int.from_bytes(head[4:8], 'little') + 8
+                name, length = b'RIFF', int.from_bytes(head[4:], 'little') + 8
             start += length
             if name in (b'RIFF', b'mdat', b'moov', b'moof') and start > size + 8:  # some count the 8 twice
                 raise ValueError(f'cut off: {size:,} of at least {start:,} bytes are there')
-            if length < 8:  # 0: it goes on to the end
+            if length < 8:  # 0: it goes on to the end; 1: of over 4 GB
                 return
 
 
 # encode: the same files, smaller and quick to decode -----------------------------------------------------
 
 
-def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> tuple[int, list]:
+def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
     """Copy all videos and images below a folder, smaller and faster to decode.
 
     Names stay the same, so lists stay valid: x.avi then holds an MP4 and x.png a JPEG; FFmpeg and Pillow look
-    at the content. Finished files are left alone, so a stopped copy can go on. Returns the number of files,
-    and `path: reason` for each bad one. Raises ValueError for unsuitable folders, OSError for a full disk.
+    at the content. Finished files are left alone, so a stopped copy can go on.
     """
-    if not os.path.isdir(source):
-        raise ValueError(f'{source}: not a folder; encode takes a folder of videos or images')
-    if f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(source)}/'):
+    if Path(target).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}')
     paths = files_of(source)
     copies = [os.path.join(target, os.path.relpath(path, source)) for path in paths]
-    for folder in {*map(os.path.dirname, copies), target}:
-        os.makedirs(folder, exist_ok=True)
     there = sum(map(os.path.exists, copies))
     if there:
         say(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
-    lock = open(os.path.join(target, 'bad_samples.txt'), 'a')
+    os.makedirs(target, exist_ok=True)
+    out = os.path.join(target, 'bad_samples.txt')
+    lock = open(out, 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
     jobs = [(*pair, short_side, gop, crf) for pair in zip(paths, copies)]
     try:
-        with contextlib.closing(in_parallel(encode_file, jobs, 'encoding')) as results:
-            bad = sorted(f'{job[0]}: {reason}' for job, reason in results if reason)
-        done = [pair for pair in zip(paths, copies) if os.path.exists(pair[1])]
-        before, after = (sum(os.path.getsize(pair[side]) for pair in done) / 1e6 for side in (0, 1))
-        say(f'{target}: {len(done)} copies of {after:,.1f} MB, their originals have {before:,.1f} MB')
-        return len(jobs), bad
+        work_through(encode_file, jobs, source, out)
+        os.remove(out)  # it is empty
     finally:
         for copy in copies:
             Path(f'{copy}.part').unlink(missing_ok=True)  # of what failed, or was stopped
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Re-encode a video or image, its short side at most `short_side` (bicubic). A file already as small (a
-    video: H.264 with as many key frames) is copied.
+    """Re-encode a video or image, its short side at most `short_side`, or copy it if it is as small already
+    (a video: H.264 with as many key frames). A damaged source can raise any Exception.
 
-    A `target` that exists is finished, because it is written beside and renamed; it is left alone. Raises
-    OSError if it cannot be written; a damaged source can raise any Exception.
+    A `target` that exists is finished, because it is written beside and renamed; it is left alone.
     """
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     part, as_image = f'{target}.part', sources.is_image(source)
     if as_image:
         with data.open_image(source) as image:
@@ -146,8 +149,8 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     else:
         with VideoReader(source) as video:
             codec = video.stream.codec_context
-            small = min(codec.width, codec.height) <= short_side
-            small = small and codec.name == 'h264' and video.group <= gop
+            quick = codec.name == 'h264' and video.group <= gop
+            small = quick and min(codec.width, codec.height) <= short_side
     if small:
         check_file(source, as_image)
         shutil.copyfile(source, part)
@@ -182,31 +185,24 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
         # MP4 counts from frame to frame in 32 bits: 6 hours of the usual clock, or longer ones of a slower.
         clock = int(min(90_000, 2**31 / np.diff(times).max(initial=1)))
         ticks = np.maximum.accumulate(np.round(times * clock) - order) + order  # no two are equal
+        height, width = video.get_batch([0]).shape[1:3]
+        sides = data.short_side_to(min(short_side, height, width), height, width)
         # In interlaced video every other line is of another moment, and needs colours of its own.
         interlaced = next(video.decode())[1].interlaced_frame
         with av.open(local(target), 'w', 'mp4', options={'video_track_timescale': str(clock)}) as container:
             stream = container.add_stream('libx264', video.stream.average_rate or 30, options)
             codec, reformatter = stream.codec_context, VideoReformatter()
+            codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # colours need even ones
             codec.pix_fmt, codec.time_base = 'yuv422p' if interlaced else 'yuv420p', Fraction(1, clock)
             # BT.709 in all three numberings. Readers that are not told assume BT.601.
             codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
             codec.color_range = ColorRange.MPEG
+            form = {'width': codec.width, 'height': codec.height, 'format': codec.pix_fmt}
+            form |= {'dst_colorspace': codec.colorspace, 'dst_color_range': codec.color_range}
             for number, pixels in video.frames(order):
-                if number == 0:
-                    side = min(short_side, *pixels.shape[:2])
-                    sides = data.short_side_to(side, *pixels.shape[:2])
-                    codec.height, codec.width = (max(side // 2 * 2, 2) for side in sides)  # colours need even
                 # FFmpeg's way from YUV to RGB rounds down, by one level on average, when the copy is read.
-                frame = reformatter.reformat(
-                    av.VideoFrame.from_ndarray(pixels + (pixels < 255), 'rgb24'),
-                    width=codec.width,
-                    height=codec.height,
-                    format=codec.pix_fmt,
-                    dst_colorspace=codec.colorspace,
-                    dst_color_range=codec.color_range,
-                    interpolation='BICUBIC',
-                    threads=1,
-                )
+                frame = av.VideoFrame.from_ndarray(pixels + (pixels < 255), 'rgb24')
+                frame = reformatter.reformat(frame, **form, interpolation='BICUBIC', threads=1)
                 frame.pts, frame.time_base = int(ticks[number]), codec.time_base
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
@@ -217,32 +213,31 @@ def encode_video(source: str, target: str, short_side: int, gop: int, crf: int) 
 
 def show(args: argparse.Namespace) -> None:
     """Draw training clips and images of epoch 0, one of each of three classes, as read and as fed."""
+    check_writable(args.out)
+    if not args.video_list and not args.image_list:
+        args.video_list, args.video_root = 'data/demo/video_train.txt', 'data/demo/videos_train'
+        args.image_list, args.image_root = 'data/demo/image_train.txt', 'data/demo/images_train'
     rows, titles, clip = [], [], {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
     for source, kind, options in (('video', data.VideoDataset, clip), ('image', data.ImageDataset, {})):
-        file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root') or ''
-        if not file and os.path.exists(f'data/demo/{source}_train.txt'):
-            file, root = f'data/demo/{source}_train.txt', root or f'data/demo/{source}s_train'
-        if not file:
+        list_file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root')
+        if not list_file:
             continue
-        files = sources.open_list(file, root, source, None, None, source == 'video')
+        files = sources.open_list(list_file, root, source, None, None, source == 'video')
         dataset = kind(files, size=args.size, **options)
         for index in np.unique(files.labels, return_index=True)[1][:3].tolist():
             sample = dataset[0, index]
             if sample.pixels is None:
-                raise ValueError(f'{file}: 11 samples in a row are unreadable')
-            instead = f' in place of {sample.bad[0]}' if sample.bad else ''
-            titles.append(f'{sample.path} (label {sample.label}) as read and as fed{instead}')
-            if source == 'image':
+                raise ValueError(f'{list_file}: 11 samples in a row are unreadable')
+            if source == 'video':
+                with VideoReader(sample.path) as video:  # the same clip, by the same random numbers
+                    rng = dataset.generator('augmentation', 0, index)
+                    frames = video.get_batch(data.sample_frames(len(video), **clip, rng=rng)[0])
+                rows += [torch.from_numpy(frames).permute(0, 3, 1, 2), sample.pixels.transpose(0, 1)]
+            else:
                 with data.open_image(sample.path) as image:
-                    rows.append([data.to_tensor(data.upright(image)), sample.pixels])
-                continue
-            with VideoReader(sample.path) as video:  # the same clip, by the same random numbers
-                rng = dataset.generator('augmentation', 0, index)
-                frames = video.get_batch(data.sample_frames(len(video), **clip, rng=rng)[0])
-            rows += [torch.from_numpy(frames).permute(0, 3, 1, 2), sample.pixels.transpose(0, 1)]
-            titles.append('')
-    if not rows:
-        raise ValueError('nothing to show: name --video-list or --image-list, or make data/demo with `demo`')
+                    rows += [data.to_tensor(data.upright(image))[None], sample.pixels[None]]
+            instead = f', in place of {sample.bad[0]}' if sample.bad else ''
+            titles += [f'{sample.path} (label {sample.label}), as read{instead}', 'as fed']
     draw_rows(args.out, rows, titles, args.size)
 
 
@@ -258,33 +253,32 @@ DEMO_PATTERNS = {  # where each is bright; coordinates grow by 1 per repetition
 
 def make_demo(
     root: str, train_videos: int = 50, val_videos: int = 12, train_images: int = 150, val_images: int = 20
-):
+) -> None:
     """Make a small set of real files below a folder: MP4 videos, JPEG images, their lists and label maps.
 
-    Images show one of four patterns. Videos show one of them rising or falling, which makes eight classes. A
-    single frame is equally likely in both directions, so it takes several to tell; mirroring changes neither.
-    Counts are per class. A set that has `image_labels.txt`, which is written last, is left as it is.
+    Images show one of four patterns. Videos show one of them rising or falling, which makes eight classes; it
+    takes several frames to tell. Counts are per class. A complete set is left as it is.
     """
     root = Path(root)
-    if (root / 'image_labels.txt').exists():
+    if (root / 'image_labels.txt').exists():  # it is written last
         say(f'reusing the set in {root}')
         return
     say(f'making a small set in {root}')
     videos = [f'{pattern} {motion}' for pattern in DEMO_PATTERNS for motion in ('rising', 'falling')]
     jobs = []
-    for source, classes, suffix, *counts in (
-        ('video', videos, 'mp4', train_videos, val_videos),
-        ('image', [*DEMO_PATTERNS], 'jpg', train_images, val_images),
+    for source, classes, ending, counts in (
+        ('video', videos, 'mp4', {'train': train_videos, 'val': val_videos}),
+        ('image', [*DEMO_PATTERNS], 'jpg', {'train': train_images, 'val': val_images}),
     ):
-        for split, count in zip(('train', 'val'), counts):
-            folder = root / f'{source}s_{split}'
+        for split, count in counts.items():
+            folder, lines = root / f'{source}s_{split}', []
             folder.mkdir(parents=True, exist_ok=True)
-            with open(root / f'{source}_{split}.txt', 'w') as file:
-                for number in range(len(classes) * count):
-                    label = number % len(classes)
-                    name = f'{classes[label].replace(" ", "_")}_{number // len(classes):03d}.{suffix}'
-                    jobs.append((folder / name, classes[label], source, split, number))
-                    print(name, label, file=file)
+            for i in range(len(classes) * count):
+                label = i % len(classes)
+                name = f'{classes[label].replace(" ", "_")}_{i // len(classes):03d}.{ending}'
+                jobs.append((folder / name, classes[label], f'demo {source} {split}', i))
+                lines.append(f'{name} {label}\n')
+            (root / f'{source}_{split}.txt').write_text(''.join(lines))
     for job, reason in in_parallel(_draw_demo_file, jobs, 'drawing'):
         if reason:
             raise OSError(f'{job[0]} cannot be written ({reason})')
@@ -292,8 +286,8 @@ def make_demo(
     (root / 'image_labels.txt').write_text('\n'.join(DEMO_PATTERNS) + '\n')
 
 
-def _draw_demo_file(path: Path, name: str, source: str, split: str, number: int) -> None:
-    rng = data.generator(f'demo {source} {split}', number)
+def _draw_demo_file(path: Path, name: str, purpose: str, i: int) -> None:
+    rng = data.generator(purpose, i)
     pattern, _, motion = name.partition(' ')
     height, width, fine = 64, 96, 2  # drawn twice as fine, for smooth edges
     period = fine * rng.uniform(13, 20)
@@ -323,31 +317,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, prog='prepare.py')
     commands = parser.add_subparsers(dest='command', required=True, help='one of these; --help has its flags')
 
-    def command(function: Callable, name: str, files: str) -> Callable:
-        usage, text = f'prepare.py {name} {files} [--FLAG ...]', function.__doc__.split('\n\n')[0]
-        return commands.add_parser(name, doc=text, usage=usage).add_argument
+    def command(name: str, function: Callable) -> Callable:
+        return commands.add_parser(name, doc=function.__doc__.split('\n\n')[0]).add_argument
 
-    count, default = number(int, 1, 2**20), ' (default: %(default)s)'
-    add = command(make_demo, 'demo', 'DIR')
+    count, default = number(int, 1), ' (default: %(default)s)'
+    add = command('demo', make_demo)
     add('dir', metavar='DIR', help='folder to make it in; an existing set is kept')
 
-    add = command(check, 'check', 'SOURCE')
+    add = command('check', check)
     add('source', metavar='SOURCE', help='a list, a folder of videos or images, or one file')
     add('--root', default='', help='folder that the paths of a list start from')
     add('--out', default='bad_samples.txt', help='file for the list of bad files, with reasons' + default)
 
-    add = command(encode, 'encode', 'SRC DST')
+    add = command('encode', encode)
     add('src', metavar='SRC', help='folder of videos or images, at any depth')
     add('dst', metavar='DST', help='folder for the copies; its bad_samples.txt lists bad files')
     add('--short-side', type=count, default=256, help='at most, in pixels' + default)
     add('--gop', type=count, default=4, help='frames from one key frame to the next' + default)
     add('--crf', type=number(int, 0, 52), default=21, help='of libx264, 0 to 51: higher is smaller' + default)
 
-    add = command(show, 'show', 'OUT.png')
+    add = command('show', show)
     add('out', metavar='OUT.png', help='picture to write')
     for source in ('video', 'image'):
-        add(f'--{source}-list', metavar='LIST', help="or class folders; default: data/demo's, if it is there")
-        add(f'--{source}-root', metavar='DIR', help=f'folder that the paths of the {source} list start from')
+        add(f'--{source}-list', metavar='LIST', help="or class folders; default: data/demo's")
+        add(f'--{source}-root', default='', metavar='DIR', help='folder that its paths start from')
     add('--size', type=count, default=112, help='side of the crop' + default)
     add('--clip-len', type=count, default=8, help='frames of a clip' + default)
     add('--frame-interval', type=count, default=8, help='from one frame of a clip to the next' + default)
@@ -362,35 +355,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == 'demo':
             make_demo(args.dir)
         elif args.command == 'check':
-            is_new = not os.path.lexists(args.out)
-            open(args.out, 'a').close()  # fails now rather than in hours
-            try:
-                report(args.source, *check(args.source, args.root), args.out)
-            finally:
-                if is_new and not os.path.getsize(args.out):
-                    os.remove(args.out)
+            check(args.source, args.root, args.out)
         elif args.command == 'encode':
-            out = os.path.join(args.dst, 'bad_samples.txt')
-            report(args.src, *encode(args.src, args.dst, args.short_side, args.gop, args.crf), out)
-            os.remove(out)  # it is empty
+            encode(args.src, args.dst, args.short_side, args.gop, args.crf)
         else:
             show(args)
-    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        say(f'prepare.py: {"stopped" if stopped else about_file(error) or error}', sys.stderr)
-        sys.exit(130 if stopped else 1)
-
-
-def report(source: str, count: int, bad: list[str], out: str) -> None:
-    """Say how many files are bad, write down which, and exit with 1 if there are any."""
-    say(f'{source}: {count} files, {len(bad)} of them unreadable' + (f', see {out}' if bad else ''))
-    lines = ['\\n'.join(text.splitlines()) for text in bad]  # one each, even if a name has a line break
-    for line in lines[:10]:
-        say(line)
-    if len(lines) > 10:
-        say('...')
-    Path(out).write_text(''.join(f'{line}\n' for line in lines), 'utf-8', 'surrogateescape')
-    if bad:
+    except KeyboardInterrupt:
+        say('prepare.py: stopped', sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, RuntimeError) as error:
+        say(f'prepare.py: {about_file(error)}', sys.stderr)
         sys.exit(1)
 
 

@@ -8,11 +8,8 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import textwrap
-import time
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
@@ -96,45 +94,29 @@ def is_device(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def draw_rows(out: str, rows: Sequence[Iterable[Tensor]], labels: Sequence[str], size: int) -> None:
-    """Write a PNG of rows of pictures, each uint8 (3, H, W) and drawn `size` high, a label above each row.
-
-    Short rows stand side by side, as many as fit into 960 pixels. A label takes as many lines as it needs.
-    Raises OSError if `out` cannot be written.
-    """
-    gap, line, font = 2, 16, ImageFont.load_default(12)
+def draw_rows(out: str, rows: Sequence[Tensor], titles: Sequence[str], size: int) -> None:
+    """Write a PNG of rows of pictures, each uint8 (N, 3, H, W) and drawn `size` high, a title above each row.
+    OSError if it cannot be written."""
+    gap, line, font = 4, 16, ImageFont.load_default(12)
     strips = []  # the pictures of a row beside each other
     for row in rows:
-        fitted = [data.resize(p, size, max(round(p.shape[-1] * size / p.shape[-2]), 1)) for p in row]
-        strip = torch.cat([torch.nn.functional.pad(p, (gap, 0), value=255) for p in fitted], dim=-1)
+        row = data.resize(row, size, max(round(row.shape[-1] * size / row.shape[-2]), 1))
+        strip = torch.cat([*F.pad(row, (gap, 0), value=255)], dim=-1)
         strips.append(Image.fromarray(strip.permute(1, 2, 0).contiguous().numpy()))
-    cell = max([240, *(strip.width + gap for strip in strips)])
-    columns = max(1, min(960 // cell, len(strips)))
-    cell = max(cell, 480 // columns)  # a label needs some room
-    cells = [(ascii_lines(s, int((cell - 4 * gap) / font.getlength('m'))), p) for s, p in zip(labels, strips)]
-    bands = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    tops = [max(len(lines) for lines, _ in band) * line + 2 * gap for band in bands]
-    picture = Image.new('RGB', (columns * cell, sum(tops) + len(tops) * (size + 2 * gap)), 'white')
-    drawing, y = ImageDraw.Draw(picture), 0
-    for top, band in zip(tops, bands):
-        for x, (lines, strip) in zip(range(0, picture.width, cell), band):
-            drawing.text((x + 2 * gap, y + gap), '\n'.join(lines), 'black', font)
-            picture.paste(strip, (x, y + top))
-        y += top + size + 2 * gap
+    width = max(640, *(strip.width + gap for strip in strips))
+    # The font has Latin letters only; lines of 8 pixels a character fit.
+    texts = [textwrap.wrap(text.encode('ascii', 'backslashreplace').decode(), width // 8) for text in titles]
+    height = sum(line * len(lines) + size + 3 * gap for lines in texts)
+    picture, y = Image.new('RGB', (width, height), 'white'), 0
+    for lines, strip in zip(texts, strips):
+        ImageDraw.Draw(picture).text((gap, y + gap), '\n'.join(lines), 'black', font)
+        picture.paste(strip, (0, y + line * len(lines) + 2 * gap))
+        y += line * len(lines) + size + 3 * gap
     with whole_file(out) as file:
         picture.save(file, format='PNG')
 
 
-def ascii_lines(text: str, width: int) -> list[str]:
-    """A text in lines of at most `width` characters of Pillow's own font. Accents are dropped; anything else
-    that it lacks is written like \\u4e2d."""
-    text = ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c))
-    return textwrap.wrap(text.encode('ascii', 'backslashreplace').decode(), width)
-
-
 # Many files on all cores ----------------------------------------------------------------------------------
-
-LINE_EVERY = 60  # seconds, if there is no terminal for a progress bar
 
 
 def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[tuple, str]]:
@@ -143,21 +125,18 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
     `reason` is '' or one line: what function(*job) raised, or that it killed its process; no other job is
     lost by that. Raises OSError on a full disk.
     """
-    count, said = cores(), time.monotonic()
+    count = cores()
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
         for start in range(0, len(jobs), 64 * count):
             part = jobs[start : start + 64 * count]
             with pool_of(count) as pool:
                 futures = [pool.submit(attempt, function, job) for job in part]
-                for number, (job, future) in enumerate(zip(part, futures), start + 1):
+                for job, future in zip(part, futures):
                     try:
                         reason = future.result()
                     except BrokenProcessPool:  # a process has died; nobody knows whose job it had
                         reason = attempt_alone(function, job)
                     bar.update()
-                    if bar.disable and time.monotonic() > said + LINE_EVERY:
-                        say(f'{title}: {number} of {len(jobs)} files', sys.stderr)
-                        said = time.monotonic()
                     yield job, reason
 
 

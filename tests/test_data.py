@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import PIL.PngImagePlugin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,20 +128,12 @@ def test_an_unreadable_sample_is_named_and_in_training_replaced_by_a_seeded_draw
         assert item.pixels is None and item.label == 6 and len(item.bad) == 1
 
 
-@pytest.mark.parametrize(
-    ('name', 'mode', 'size'),
-    [
-        ('a.jpg', 'CMYK', (60, 40)),
-        ('a.jpg', 'L', (60, 40)),
-        ('a.png', 'P', (60, 40)),
-        ('a.png', 'RGBA', (60, 40)),
-        ('a.png', 'RGB', (1, 1)),
-    ],
-)
-def test_pictures_of_every_kind_are_read(tmp_path, name, mode, size):
-    PIL.Image.new(mode, size).save(tmp_path / name)
-    pixels = data.ImageDataset(None, size=56).load(str(tmp_path / name), data.generator('test'))
-    assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
+def test_pictures_of_every_kind_are_read(tmp_path):
+    for ending, mode in (('jpg', 'CMYK'), ('jpg', 'L'), ('png', 'P'), ('png', 'RGBA'), ('png', '1')):
+        path = str(tmp_path / f'{mode}.{ending}')
+        PIL.Image.new(mode, (60, 40)).save(path)
+        pixels = data.ImageDataset(None, size=56).load(path, data.generator('test'))
+        assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
 
 
 @pytest.mark.parametrize('turn', [1, 6])
@@ -200,12 +191,8 @@ def test_pictures_are_upright_in_training_validation_and_copies(tmp_path, monkey
 BROKEN = {
     'nothing': b'',
     'no header': b'nothing at all',
-    'its end': b'MM',
     'no directory': b'II*\0\xff\xff\xff\0',
-    'a text': struct.pack('<4sIHHHI4sI', b'II*\0', 8, 1, 0x0112, 2, 2, b'6\0\0\0', 0),
-    'no number': struct.pack('<4sIHHHI4sI', b'II*\0', 8, 1, 0x0112, 3, 0, b'', 0),
     'two numbers': struct.pack('<4sIHHHIHHI', b'II*\0', 8, 1, 0x0112, 3, 2, 6, 6, 0),
-    'another number': struct.pack('<4sIHHHIHHI', b'II*\0', 8, 1, 0x0112, 3, 1, 9, 0, 0),
     'a rational without a value': struct.pack('<4sIHHHIII', b'II*\0', 8, 1, 0x0112, 5, 1, 9999, 0),
 }
 
@@ -217,10 +204,6 @@ def test_a_sound_picture_with_broken_metadata_is_read(tmp_path, exif):
         PIL.Image.new('RGB', (96, 64), 'white').save(path, exif=b'Exif\0\0' + exif)
         prepare.check_file(path, True)
         assert data.ImageDataset(None, 'val', size=56).load(path, None).min() > 250
-    text = PIL.PngImagePlugin.PngInfo()
-    text.add_text('Raw profile type exif', '\nexif\n 4\nnot hexadecimal')
-    PIL.Image.new('RGB', (96, 64), 'white').save(tmp_path / 'text.png', pnginfo=text)
-    prepare.check_file(str(tmp_path / 'text.png'), True)
 
 
 def test_an_ending_tells_images_from_videos(tmp_path):
@@ -240,44 +223,30 @@ def test_only_regular_files_are_opened(tmp_path):
             dataset.load(str(tmp_path / name), data.generator('test'))
 
 
-def write_grey(path, values, bits, kind=1, order='<'):
-    """A TIFF of one row of numbers: kind 1 is unsigned, 2 signed, 3 floating-point."""
-    values = np.repeat(values, 8)
-    if bits == 12:
-        content = int(''.join(f'{value:03x}' for value in values), 16).to_bytes(len(values) * 3 // 2, 'big')
-    else:
-        content = values.astype(f'{order}{"uif"[kind - 1]}{bits // 8}').tobytes()
-    tags = {256: len(values), 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(content)}
-    directory = [struct.pack(f'{order}HHII', tag, 4, 1, value) for tag, value in {**tags, 339: kind}.items()]
-    start = struct.pack(f'{order}2sHI', b'II' if order == '<' else b'MM', 42, 8 + len(content))
-    path.write_bytes(start + content + struct.pack(f'{order}H', 10) + b''.join(directory) + bytes(4))
-
-
 def test_deep_greys_are_scaled_or_refused(tmp_path):
-    """A number of 16 bits or less has a known white; one of 32 bits, with a sign or a point, has not."""
-    images = data.ImageDataset(None, 'val', size=56)
+    """A number of 16 bits has a known white; one of 32 bits, or with a point, has not."""
     whole = np.array([0, 0.2, 0.6, 1])
-    for name, bits, order in (('16.tif', 16, '<'), ('big.tif', 16, '>'), ('12.tif', 12, '<')):
-        write_grey(tmp_path / name, (whole * (2**bits - 1)).astype(int), bits, order=order)
-    (tmp_path / 'a.pgm').write_bytes(b'P5 32 1 1023\n' + (whole.repeat(8) * 1023).astype('>u2').tobytes())
-    PIL.Image.fromarray((whole.repeat(8) * 65535).astype(np.uint16)[None]).save(tmp_path / 'a.png')
-    for name in ('16.tif', 'big.tif', '12.tif', 'a.pgm', 'a.png'):
+    row = whole.repeat(8)[None]
+    (tmp_path / 'a.pgm').write_bytes(b'P5 32 1 1023\n' + (row * 1023).astype('>u2').tobytes())
+    for name in ('a.png', 'a.tif'):
+        PIL.Image.fromarray((row * 65535).astype(np.uint16)).save(tmp_path / name)
+    PIL.Image.fromarray((row * 65535).astype('>u2')).save(tmp_path / 'big.tif')
+    for name in ('a.pgm', 'a.png', 'a.tif', 'big.tif'):
         with PIL.Image.open(tmp_path / name) as image:
             read = data.to_tensor(data.upright(image))[0, 0, ::8].int().numpy()
         assert np.abs(read - whole * 255).max() <= 1, (name, read)
-
-    for name, bits, kind in (('unsigned', 32, 1), ('signed', 32, 2), ('16 signed', 16, 2), ('float', 32, 3)):
-        write_grey(tmp_path / f'{name}.tif', whole * (1 if kind == 3 else 255), bits, kind)
-    for name in ('unsigned.tif', 'signed.tif', '16 signed.tif', 'float.tif'):
+    for kind in (np.int32, np.float32):
+        path = str(tmp_path / f'{kind.__name__}.tif')
+        PIL.Image.fromarray((row * 255).astype(kind)).save(path)
         with pytest.raises(ValueError, match='grey, whose white is unknown'):
-            images.load(str(tmp_path / name), None)
+            data.ImageDataset(None, 'val', size=56).load(path, None)
         with pytest.raises(ValueError, match='grey, whose white is unknown'):
-            prepare.encode_file(str(tmp_path / name), str(tmp_path / 'copy.jpg'))
+            prepare.encode_file(path, str(tmp_path / 'copy.jpg'))
 
 
 def test_a_thread_of_an_image_does_not_fill_the_memory(tmp_path):
-    PIL.Image.fromarray(np.zeros((1, 60_000, 3), dtype=np.uint8)).save(tmp_path / 'thread.png')
     path = str(tmp_path / 'thread.png')
+    PIL.Image.new('RGB', (60_000, 1)).save(path)
     assert data.ImageDataset(None).load(path, data.generator('test')).shape == (3, 224, 224)
     with pytest.raises(ValueError, match='60000x1 is too long and thin'):
         data.ImageDataset(None, 'val').load(path, None)
@@ -335,7 +304,7 @@ def test_a_batch_follows_from_its_step_and_number_alone():
 
 
 def test_the_published_recipe_s_steps():
-    """1,878 steps of 16 videos and 85 images on each of 8 GPUs; no image twice in a pass over them."""
+    """Of 16 videos and 85 images on each of 8 GPUs; no image twice in a pass over them."""
     sampler = data.JointSampler({'video': 240_435, 'image': 1_281_167}, {'video': 16, 'image': 85}, 8)
     assert sampler.steps_per_epoch == 1878
     images = [key for batch in steps_of(sampler, 1900, [3]) for key in batch if key[0] == 'image']
