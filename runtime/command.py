@@ -8,7 +8,9 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -125,7 +127,7 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
     `reason` is '' or one line: what function(*job) raised, or that it killed its process; no other job is
     lost by that. Raises OSError on a full disk.
     """
-    count = cores()
+    count, said = cores(), time.monotonic()
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
         for start in range(0, len(jobs), 64 * count):
             part = jobs[start : start + 64 * count]
@@ -137,6 +139,9 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
                     except BrokenProcessPool:  # a process has died; nobody knows whose job it had
                         reason = attempt_alone(function, job)
                     bar.update()
+                    if bar.disable and time.monotonic() > said + 60:  # no terminal: a line a minute
+                        said = time.monotonic()
+                        say(f'{title}, {len(jobs)} files: has come to {job[0]}', sys.stderr)
                     yield job, reason
 
 
