@@ -201,9 +201,11 @@ def validate(network: nn.Module, sources: list, precision: str, workers: int) ->
 
 
 def classes(network: nn.Module, source: str) -> int:
-    """How many classes the head of 'video', 'image' or another source knows; 0 if there is none."""
+    """How many classes the head of 'video', 'image' or another source knows; ValueError if there is none."""
     head = network.head(source)
-    return list(head.parameters())[-1].shape[0] if head else 0
+    if head is None:
+        raise ValueError(f'this checkpoint has no head for {source}s')
+    return list(head.parameters())[-1].shape[0]
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -263,8 +265,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--val-root', help="folder that the list's paths start from; default: the checkpoint's")
     add('--video-labels', metavar='TXT', help="class names, one per line; default: the checkpoint's")
     add('--image-labels', metavar='TXT', help='the same for images')
-    count = number(int, 1)
-    add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
+    add(
+        '--clips', type=number(int, 1), default=10, help='clips spread over each video (default: %(default)s)'
+    )
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
     add('--workers', type=number(int, 0), help='loader processes; default: its share of the cores, up to 16')
@@ -289,10 +292,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
-            known = classes(network, kind)
             names[kind] = sources.read_label_map(file) if file else saved.get(f'{kind}_labels')
-            if file and len(names[kind]) != known:
-                raise ValueError(f'{file}: {len(names[kind])} names; {args.ckpt} has {known} {kind} classes')
+            if file and len(names[kind]) != classes(network, kind):
+                raise ValueError(f'{file}: {len(names[kind])} names, but the {kind} head has another number')
     args.precision, why = distributed.pick_precision(args.precision, device)
     say(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
     if network.head('image') and checkpoint.images_share_statistics(saved['model']):
@@ -323,10 +325,9 @@ def classify(network: nn.Module, args: argparse.Namespace, trained: dict, names:
         paths += below or [path]
     for path in paths:
         kind = 'image' if sources.is_image(path) else 'video'
-        known, dataset = classes(network, kind), open_dataset(kind, None, args, trained)
+        dataset = open_dataset(kind, None, args, trained)
         try:
-            if not known:
-                raise ValueError(f'this checkpoint has no head for {kind}s')
+            known = classes(network, kind)
             views = score_views(network, kind, dataset.load(path, None), args.precision, features=True)
             if not views.isfinite().all():
                 raise ValueError(f'{NO_NUMBERS} in {args.precision}')
@@ -370,13 +371,10 @@ def timeline(path: str, dataset: data.VideoDataset, scores: Tensor, names: list[
 
 def open_set(kind: str, network: nn.Module, args: argparse.Namespace, trained: dict, names: dict) -> Dataset:
     """The validation set that the flags or the checkpoint name."""
+    known = classes(network, kind)
     prefix, val_list, val_root = 'val', VAL_LIST, VAL_ROOT  # the published set
     if args.images:
         prefix, val_list, val_root = 'image_val', IMAGE_VAL_LIST, IMAGE_VAL_ROOT
-    known = classes(network, kind)
-    if not known:
-        other = 'leave out --images' if args.images else '--images measures the image set'
-        raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s; {other}')
     val_list = args.val_list or trained.get(f'{prefix}_list', val_list)
     if val_list is None:
         raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
