@@ -9,12 +9,11 @@
     python evaluate.py --ckpt work_dirs/omni/best.pth long.mp4 --timeline   what is seen, and when
     torchrun --nproc_per_node=8 evaluate.py --ckpt work_dirs/omni/best.pth  on eight GPUs
 
-Lists, label names and the input's size come from the checkpoint. An official MMAction2 checkpoint has none of
-these; it is assumed to follow the published recipe, with the labels of Kinetics-400 and ImageNet. Runs on a
-GPU if there is one, else on the CPU.
+Lists, label names and sizes come from the checkpoint; for an official MMAction2 one they are those of the
+published recipe, Kinetics-400 and ImageNet. Runs on a GPU if there is one, else on the CPU.
 
---features writes arrays for `numpy.load`: features (N, 2048) and scores (N, classes), both means over the
-views; paths; and, for a set, labels. What is unreadable has NaN, and so have classes that a head lacks.
+--features writes arrays for `numpy.load`: features (N, 2048) and scores (N, classes), means over the views;
+paths; and, for a set, labels. What is unreadable has NaN, and so have classes that a head lacks.
 """
 
 import argparse
@@ -25,6 +24,7 @@ import os
 import pickle
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -76,23 +76,23 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return result | {'mean1': float(np.mean(per_class))}
 
 
-def class_name(names: list[str] | None, label: int) -> str:
-    """What to call a class, with or without a label map."""
-    return names[label] if names else f'class {label}'
-
-
-def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str] | None, count: int = 5) -> list[str]:
+def confusions(scores: np.ndarray, labels: np.ndarray, names: list[str], count: int = 5) -> list[str]:
     """A line for each of the classes with the most errors: how many, and what it is mistaken for."""
-    labels = np.asarray(labels)
     predicted = np.where(np.isnan(scores[:, 0]), -1, scores.argmax(1))
     errors = Counter(sorted(labels[predicted != labels].tolist()))
     lines = []
     for label, wrong in errors.most_common(count):
         taken = sorted(predicted[(labels == label) & (predicted != label) & (predicted >= 0)].tolist())
-        most = [f'{class_name(names, i)} ({times})' for i, times in Counter(taken).most_common(3)]
+        most = [f'{names[i]} ({times})' for i, times in Counter(taken).most_common(3)]
         shown = f'taken for {", ".join(most)}' if most else 'unreadable'
-        lines.append(f'{class_name(names, label)}: {wrong} of {(labels == label).sum()} wrong, {shown}')
+        lines.append(f'{names[label]}: {wrong} of {(labels == label).sum()} wrong, {shown}')
     return lines
+
+
+def likeliest(scores: Tensor, names: list[str], count: int) -> list[tuple[str, float]]:
+    """The labels with the highest scores (classes,), each with its score."""
+    best = scores.sort(descending=True, stable=True).indices[:count].tolist()
+    return [(names[i], scores[i].item()) for i in best]
 
 
 class Identity(nn.Module):
@@ -150,8 +150,7 @@ def predict(
 
     Returns scores float32 (N, classes), with features as in `score_views`; labels int64 (N,) in the dataset's
     order; and a line for each unreadable file, whose scores are NaN. Under torchrun each rank scores its
-    share and all return the whole. Raises UserError if no file can be read, or if scores are not
-    numbers.
+    share and all return the whole. UserError if no file can be read, or if scores are not numbers.
     """
     device = next(network.parameters()).device
     if device.type == 'cpu':
@@ -162,12 +161,12 @@ def predict(
     views = dataset.num_clips * dataset.num_crops if dataset.mode == 'test' else 1
     size = batch_size * views * math.prod(dataset.shape[:-2]) * dataset.short_side**2  # bytes of a batch
     batches = distributed.loader(share, workers, size, batch_size=batch_size, collate_fn=list)
-    quiet = None if progress and rank() == 0 else True  # None: only where there is a terminal
     columns = classes(network, source)
     if features:
         columns += next(network.head(source).parameters()).shape[-1]
     rows, bad, done = np.full((len(share), columns), np.nan, dtype=np.float32), [], 0
-    for samples in tqdm(batches, progress, unit='batch', leave=False, disable=quiet):
+    hidden = None if rank() == 0 else True  # None: unless there is a terminal
+    for samples in tqdm(batches, progress, unit='batch', leave=False, disable=hidden):
         readable = [n for n, sample in enumerate(samples) if sample.pixels is not None]
         if readable:
             views = torch.cat([samples[n].pixels.to(device, non_blocking=True) for n in readable])
@@ -202,9 +201,11 @@ def validate(network: nn.Module, sources: list, precision: str, workers: int) ->
 
 
 def classes(network: nn.Module, source: str) -> int:
-    """How many classes the head of 'video', 'image' or another source knows; 0 if there is none."""
+    """How many classes the head of 'video', 'image' or another source knows; ValueError if there is none."""
     head = network.head(source)
-    return list(head.parameters())[-1].shape[0] if head else 0
+    if head is None:
+        raise ValueError(f'this checkpoint has no head for {source}s')
+    return list(head.parameters())[-1].shape[0]
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> 
 
 
 def show_mistakes(
-    out: str, dataset: Dataset, scores: np.ndarray, labels: np.ndarray, names: list[str] | None
+    out: str, dataset: Dataset, scores: np.ndarray, labels: np.ndarray, names: list[str]
 ) -> int:
     """Draw a PNG of the eight misclassified samples whose wrong label scores highest, each under both labels
     and their scores. `dataset` is a 'val' one, so a video shows its middle clip. Returns the number of
@@ -242,49 +243,11 @@ def show_mistakes(
     for i in wrong[np.argsort(-highest[wrong], kind='stable')][:8]:
         pixels = dataset[int(i)].pixels[0]  # (3, T, H, W) or (3, H, W)
         rows.append(pixels.transpose(0, 1) if pixels.ndim == 4 else pixels.unsqueeze(0))
-        right, taken = (class_name(names, label) for label in (labels[i], predicted[i]))
-        file = os.path.basename(dataset.files.path(i))
-        titles.append(f'{file}: {right} ({of_label[i]:.0%}) taken for {taken} ({highest[i]:.0%})')
+        right, taken = f'{names[labels[i]]} ({of_label[i]:.0%})', f'{names[predicted[i]]} ({highest[i]:.0%})'
+        titles.append(f'{os.path.basename(dataset.files.path(i))}: {right} taken for {taken}')
     if rows:
         draw_rows(out, rows, titles, 112)
     return len(wrong)
-
-
-def classify(network: nn.Module, path: str, args: argparse.Namespace, settings: dict, names: dict) -> tuple:
-    """What a video or image file shows: a text, the five likeliest labels as (label, score), its scores
-    (classes,) and its feature (F,). The text lists those labels or, with --timeline, the three likeliest for
-    each clip of a video; the clips are spread evenly over it."""
-    if sources.is_image(path):
-        kind, dataset = 'image', data.ImageDataset(None, 'val', settings.get('size', 224))
-    else:
-        clips = {'num_clips': args.clips, 'num_crops': args.crops}
-        kind, dataset = 'video', data.VideoDataset(None, 'test', **settings, **clips)
-    if network.head(kind) is None:
-        raise ValueError(f'this checkpoint has no head for {kind}s')
-    known = classes(network, kind)
-    rows = score_views(network, kind, dataset.load(path, None), args.precision, True)
-    if not rows.isfinite().all():
-        raise ValueError(f'{NO_NUMBERS} in {args.precision}')
-    scores = rows[:, :known]  # (crops * clips, classes)
-    if not names[kind]:
-        names[kind] = sources.published_labels(kind, known)
-
-    def likeliest(row: Tensor, count: int) -> list[tuple[str, float]]:
-        best = row.sort(descending=True, stable=True).indices[:count].tolist()
-        return [(class_name(names[kind], i), row[i].item()) for i in best]
-
-    lines = [f'{path} ({kind})']
-    if args.timeline and kind == 'video':
-        with VideoReader(path) as video:
-            clips = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, args.clips)
-            last = clips[:, 0] + (dataset.clip_len - 1) * dataset.frame_interval
-            starts, ends = video.times(clips[:, 0]), video.times(last.clip(max=len(video) - 1))
-        for start, end, row in zip(starts, ends, scores.unflatten(0, (args.crops, -1)).mean(0)):
-            seen = ', '.join(f'{label} {score:.1%}' for label, score in likeliest(row, 3))
-            lines.append(f'  {start:7.1f} to {end:6.1f} s  {seen}')
-    else:
-        lines += [f'  {score:7.2%}  {label}' for label, score in likeliest(scores.mean(0), 5)]
-    return '\n'.join(lines), likeliest(scores.mean(0), 5), scores.mean(0), rows[:, known:].mean(0)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -302,16 +265,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--val-root', help="folder that the list's paths start from; default: the checkpoint's")
     add('--video-labels', metavar='TXT', help="class names, one per line; default: the checkpoint's")
     add('--image-labels', metavar='TXT', help='the same for images')
-    count = number(int, 1)
-    add('--clips', type=count, default=10, help='clips spread over each video (default: %(default)s)')
+    add(
+        '--clips', type=number(int, 1), default=10, help='clips spread over each video (default: %(default)s)'
+    )
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
     add('--workers', type=number(int, 0), help='loader processes; default: its share of the cores, up to 16')
     args = parser.parse_args(argv)
-    if args.files and (args.dump or args.show or args.val_list or args.images):
-        parser.error('--dump, --show, --images and --val-list measure a set; here are files to classify')
-    if not args.files and (args.timeline or args.csv):
-        parser.error('--timeline and --csv need files to classify; for sets, --dump has the scores')
+    of_sets, of_files = (args.dump or args.show or args.val_list or args.images), (args.timeline or args.csv)
+    if args.files and of_sets or of_files and not args.files:
+        parser.error('files are for --timeline and --csv; --dump, --show, --images and --val-list need none')
     return args
 
 
@@ -329,23 +292,30 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         saved, names = checkpoint.load(args.ckpt), {}
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
-            known = classes(network, kind)
             names[kind] = sources.read_label_map(file) if file else saved.get(f'{kind}_labels')
-            if file and len(names[kind]) != known:
-                raise ValueError(f'{file}: {len(names[kind])} names; {args.ckpt} has {known} {kind} classes')
-    trained = saved.get('settings', {})
-    settings = {key: trained[key] for key in ('size', 'clip_len', 'frame_interval') if key in trained}
+            if file and len(names[kind]) != classes(network, kind):
+                raise ValueError(f'{file}: {len(names[kind])} names, but the {kind} head has another number')
     args.precision, why = distributed.pick_precision(args.precision, device)
     say(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
     if network.head('image') and checkpoint.images_share_statistics(saved['model']):
         say('no image statistics in this checkpoint: images are normalized with those of the videos')
+    trained = saved.get('settings', {})
     if args.files:
-        classify_all(network, args, settings, names)
+        classify(network, args, trained, names)
     else:
-        measure(network, args, trained, settings, names)
+        measure(network, args, trained, names)
 
 
-def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, names: dict) -> None:
+def open_dataset(kind: str, files: data.FileList | None, args: argparse.Namespace, trained: dict) -> Dataset:
+    """A test set of 'video' or 'image', sized like the training; without files, for its `load`."""
+    size = trained.get('size', 224)
+    if kind == 'image':
+        return data.ImageDataset(files, 'val', size)
+    clip = {key: trained.get(key, 8) for key in ('clip_len', 'frame_interval')}
+    return data.VideoDataset(files, 'test', size, **clip, num_clips=args.clips, num_crops=args.crops)
+
+
+def classify(network: nn.Module, args: argparse.Namespace, trained: dict, names: dict) -> None:
     """Print what each file shows and write what was asked for. Exit with 1 if a file could not be read."""
     paths, table, rows = [], [('file', 'rank', 'label', 'score')], []
     for path in args.files:
@@ -354,16 +324,27 @@ def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, n
             below = sources.files_below(path, sources.VIDEO_ENDINGS + sources.image_endings())
         paths += below or [path]
     for path in paths:
+        kind = 'image' if sources.is_image(path) else 'video'
+        dataset = open_dataset(kind, None, args, trained)
         try:
-            if os.path.isdir(path):
-                raise ValueError('no videos or images are below it')
-            text, likeliest, *row = classify(network, path, args, settings, names)
-            say(text)
+            known = classes(network, kind)
+            views = score_views(network, kind, dataset.load(path, None), args.precision, features=True)
+            if not views.isfinite().all():
+                raise ValueError(f'{NO_NUMBERS} in {args.precision}')
         except Exception as error:  # damaged files raise whatever the decoder trips over
-            likeliest, row = [], [torch.empty(0), torch.empty(0)]
             say(f'evaluate.py: {path}: {data.one_line(error)}', file=sys.stderr)
-        table += [(path, place, label, f'{score:.4f}') for place, (label, score) in enumerate(likeliest, 1)]
-        rows.append(row)
+            rows.append([torch.empty(0), torch.empty(0)])
+            continue
+        if not names[kind]:
+            names[kind] = sources.published_labels(kind, known)
+        scores, features = views[:, :known], views[:, known:]
+        best = likeliest(scores.mean(0), names[kind], 5)
+        lines = [f'{path} ({kind})', *(f'  {score:7.2%}  {label}' for label, score in best)]
+        if args.timeline and kind == 'video':
+            lines += timeline(path, dataset, scores, names[kind])
+        say('\n'.join(lines))
+        table += [(path, place, label, f'{score:.4f}') for place, (label, score) in enumerate(best, 1)]
+        rows.append([scores.mean(0), features.mean(0)])
     if args.csv and rank() == 0:
         with whole_file(args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
             csv.writer(file).writerows(table)
@@ -374,36 +355,42 @@ def classify_all(network: nn.Module, args: argparse.Namespace, settings: dict, n
     sys.exit(0 if all(len(scores) for scores, _ in rows) else 1)
 
 
-def open_set(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict):
+def timeline(path: str, dataset: data.VideoDataset, scores: Tensor, names: list[str]) -> list[str]:
+    """A line for each clip of a video: its time and its three likeliest labels, from the scores of the views
+    (crops * clips, classes)."""
+    with VideoReader(path) as video:
+        clips = data.sample_frames(len(video), dataset.clip_len, dataset.frame_interval, dataset.num_clips)
+        last = clips[:, 0] + (dataset.clip_len - 1) * dataset.frame_interval
+        starts, ends = video.times(clips[:, 0]), video.times(last.clip(max=len(video) - 1))
+    lines = []
+    for start, end, row in zip(starts, ends, scores.unflatten(0, (dataset.num_crops, -1)).mean(0)):
+        seen = ', '.join(f'{label} {score:.1%}' for label, score in likeliest(row, names, 3))
+        lines.append(f'  {start:7.1f} to {end:6.1f} s  {seen}')
+    return lines
+
+
+def open_set(kind: str, network: nn.Module, args: argparse.Namespace, trained: dict, names: dict) -> Dataset:
     """The validation set that the flags or the checkpoint name."""
-    kind, prefix, published = 'video', 'val', (VAL_LIST, VAL_ROOT)
+    known = classes(network, kind)
+    prefix, val_list, val_root = 'val', VAL_LIST, VAL_ROOT  # the published set
     if args.images:
-        kind, prefix, published = 'image', 'image_val', (IMAGE_VAL_LIST, IMAGE_VAL_ROOT)
-    if network.head(kind) is None:
-        other = 'leave out --images' if args.images else '--images measures the image set'
-        raise ValueError(f'{args.ckpt}: this checkpoint has no head for {kind}s; {other}')
-    val_list = args.val_list or trained.get(f'{prefix}_list', published[0])
+        prefix, val_list, val_root = 'image_val', IMAGE_VAL_LIST, IMAGE_VAL_ROOT
+    val_list = args.val_list or trained.get(f'{prefix}_list', val_list)
     if val_list is None:
         raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
-    val_root = trained.get(f'{prefix}_root', published[1]) if args.val_root is None else args.val_root
-    known, folders = classes(network, kind), []
-    if os.path.isdir(val_list):
-        folders = sources.class_names(val_list)
-    if folders and not names[kind] and len(folders) != known:
-        names[kind] = sources.published_labels(kind, known)
-    files = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
+    val_root = trained.get(f'{prefix}_root', val_root) if args.val_root is None else args.val_root
     if not names[kind]:
-        names[kind] = folders or sources.published_labels(kind, known)
-    if args.images:
-        return data.ImageDataset(files, 'val', settings.get('size', 224))
-    return data.VideoDataset(files, 'test', **settings, num_clips=args.clips, num_crops=args.crops)
+        folders = sources.class_names(val_list) if os.path.isdir(val_list) else []
+        names[kind] = folders if len(folders) == known else sources.published_labels(kind, known)
+    files = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
+    return open_dataset(kind, files, args, trained)
 
 
-def measure(network: nn.Module, args: argparse.Namespace, trained: dict, settings: dict, names: dict) -> None:
+def measure(network: nn.Module, args: argparse.Namespace, trained: dict, names: dict) -> None:
     """Score a validation set, print its metrics, and write what was asked for."""
     kind = 'image' if args.images else 'video'
     with together():
-        dataset = open_set(network, args, trained, settings, names)
+        dataset = open_set(kind, network, args, trained, names)
     workers = distributed.default_workers() if args.workers is None else args.workers
     batch, title = 16 if args.images else 1, f'{len(dataset)} {kind}s'
     rows, labels, bad = predict(
@@ -429,8 +416,7 @@ def measure(network: nn.Module, args: argparse.Namespace, trained: dict, setting
         with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=paths, labels=labels)
     if args.show:
-        drawn = dataset if args.images else data.VideoDataset(dataset.files, 'val', **settings)
-        count = show_mistakes(args.show, drawn, scores, labels, names[kind])
+        count = show_mistakes(args.show, replace(dataset, mode='val'), scores, labels, names[kind])
         say(f'{min(count, 8)} of {count} mistakes' if count else 'no mistakes to show')
 
 

@@ -4,10 +4,13 @@ with a checkpoint's. Begin with `open_sources`; `read_list` describes the format
 
 import argparse
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,6 +19,7 @@ import data
 from data import FileDataset, FileList
 from runtime.distributed import say
 
+SYSTEM = ('.', '@', '$', '__')  # how folders begin that systems make: @eaDir, $RECYCLE.BIN, __MACOSX
 VIDEO_ENDINGS = tuple('.mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .flv .wmv .3gp .ogv .gif'.split())
 
 
@@ -45,7 +49,7 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
     """The source of --NAME-list, --NAME-root, --NAME-labels and --NAMEs-per-gpu, validated on --VAL-list and
     --VAL-root."""
     list_file, label_map = getattr(args, f'{name}_list'), getattr(args, f'{name}_labels')
-    root, videos = getattr(args, f'{name}_root'), name == 'video'
+    val_list, videos = getattr(args, f'{val}_list'), name == 'video'
     per_gpu = getattr(args, f'{name}s_per_gpu')
     if per_gpu is None:
         per_gpu = max(round(args.videos_per_gpu * 85 / 16), 2)
@@ -57,11 +61,15 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
         labels = read_label_map(label_map)
     elif os.path.isdir(list_file):
         labels = class_names(list_file)
-    files = open_list(list_file, root, name, labels, len(labels) if labels else None, videos)
+    files = open_list(list_file, getattr(args, f'{name}_root'), name, labels, None, videos)
     classes = len(labels) if labels else int(files.labels.max()) + 1
     say_classes(files, name, list_file, labels, classes)
 
-    val_list, val_files = getattr(args, f'{val}_list'), None
+    options = {'size': args.size}
+    if videos:
+        options |= {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
+    kind = data.VideoDataset if videos else data.ImageDataset
+    train_set, val_set = kind(files, 'train', seed=args.seed, flip=not args.no_flip, **options), None
     if val_list and not args.no_validate:
         if not labels and os.path.isdir(val_list):
             raise ValueError(
@@ -69,13 +77,7 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
                 f'--{name}-labels takes a file with their names'
             )
         val_files = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
-
-    options = {'size': args.size}
-    if videos:
-        options |= {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
-    kind = data.VideoDataset if videos else data.ImageDataset
-    train_set = kind(files, 'train', seed=args.seed, flip=not args.no_flip, **options)
-    val_set = kind(val_files, 'val', **options) if val_files else None
+        val_set = kind(val_files, 'val', **options)
     return Source(name, labels, classes, train_set, val_set, per_gpu)
 
 
@@ -86,8 +88,8 @@ def open_list(
     flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
         raise FileNotFoundError(
-            f'{list_file}: no such list or folder of class folders ({flag}-list), seen from {os.getcwd()}; '
-            '`python train.py --demo` makes a small set of its own'
+            f'{list_file}: no such list or folder of class folders ({flag}-list); `python train.py --demo` '
+            'makes a small set of its own'
         )
     files = read_list(list_file, root, classes, videos, labels)
     check_there(files, list_file, f'{flag}-root')
@@ -96,14 +98,14 @@ def open_list(
 
 def check_there(files: FileList, list_file: str, flag: str) -> None:
     """Raise FileNotFoundError if none of ten files spread over the list exists; `flag` names their folder."""
-    spread = [files.path(int(i)) for i in np.unique(np.linspace(0, len(files) - 1, 10).astype(int))]
+    spread = [files.path(i) for i in range(0, len(files), math.ceil(len(files) / 10))]
     if any(os.path.exists(path) for path in spread):
         return
     first, stem = spread[0], os.path.splitext(spread[0])[0]
     if os.path.isdir(stem):
         raise FileNotFoundError(
-            f'{stem}: a folder, perhaps of frames, where a video is wanted; `ffmpeg -framerate 30 -i '
-            f'{stem}/img_%05d.jpg {first}` makes one of it'
+            f'{stem}: a folder, perhaps of frames; `ffmpeg -framerate 30 -i {stem}/img_%05d.jpg {first}` '
+            'makes a video of it'
         )
     raise FileNotFoundError(
         f'{first}: no such file, nor {len(spread) - 1} others from all over {list_file}; {flag} names the '
@@ -112,19 +114,14 @@ def check_there(files: FileList, list_file: str, flag: str) -> None:
 
 
 def say_classes(files: FileList, name: str, list_file: str, labels: list[str] | None, classes: int) -> None:
-    """Say how many samples of each class a training list has, and what is odd about it; ValueError if nothing
+    """Say how many samples a training list has, and its smallest and largest class. ValueError if nothing
     can be learned from it."""
     counts = np.bincount(files.labels, minlength=classes)
     if np.count_nonzero(counts) < 2:
         raise ValueError(f'{list_file}: all {len(files)} {name}s are of one class, which teaches nothing')
     names = labels if labels else [f'class {i}' for i in range(classes)]
-    text = ', '.join(f'{name} ({count})' for name, count in zip(names[:10], counts))
-    if classes > 10:
-        least, most = counts.argmin(), counts.argmax()
-        text += f', ...; from {names[least]} ({counts[least]}) to {names[most]} ({counts[most]})'
-    if not counts[0] and not labels:
-        text += '; labels are expected to count from 0'
-    say(f'{list_file}: {len(files)} {name}s of {classes} classes: {text}')
+    least, most = (f'{names[i]} ({counts[i]})' for i in (counts.argmin(), counts.argmax()))
+    say(f'{list_file}: {len(files)} {name}s of {classes} classes, from {least} to {most}')
 
 
 # What has changed since a checkpoint ----------------------------------------------------------------------
@@ -142,23 +139,17 @@ def fingerprints(source: Source) -> list[list[str] | None]:
 def compare_data(saved: dict, args: argparse.Namespace, sources: list[Source], path: str) -> None:
     """Say which lists have changed since a checkpoint. ValueError if its network does not fit, or if its
     labels would change their meaning."""
-    anew = '--init starts a new run from its weights'
+    anew = 'another --work-dir starts a new run, and --init takes these weights'
     for key in ('layers', 'width', 'video_only', 'image_only', 'freeze'):
-        was, now = saved['settings'].get(key, False), getattr(args, key)
+        flag, was, now = key.replace('_', '-'), saved['settings'].get(key, False), getattr(args, key)
         if was != now:
-            raise ValueError(
-                f'{path}: --{key.replace("_", "-")} was {was} there and is {now} now; another --work-dir '
-                'starts a new run'
-            )
+            raise ValueError(f'{path}: --{flag} was {was} there and is {now} now; {anew}')
     for source in sources:
         name, before, now = source.name, saved.get(f'{source.name}_labels'), source.labels
-        if before and now and before != now:
-            same = min(len(before), len(now))
-            label = next((i for i in range(same) if before[i] != now[i]), same)
-            was, new = (names[label] if label < len(names) else 'none' for names in (before, now))
-            raise ValueError(f'{path}: {name} label {label} was {was!r} there and is {new!r} now; {anew}')
-        if name not in saved['lists']:
-            raise ValueError(f'{path}: never learned from {name}s; {anew}')
+        both = zip_longest(before, now) if before and now else ()
+        for label, (was, new) in enumerate(both):
+            if was != new:
+                raise ValueError(f'{path}: {name} label {label} was {was!r} there and is {new!r} now; {anew}')
         (old_paths, old_labels), (paths, labels) = saved['lists'][name][0], fingerprints(source)[0]
         if paths == old_paths and labels != old_labels:
             raise ValueError(f'{path}: the same {name}s have other labels now than when it was saved; {anew}')
@@ -172,9 +163,8 @@ LINE = re.compile(r'(.+?)((?:[\s,]+-?\d+)+)')  # a path, then whole numbers
 
 
 def read_lines(path: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines of a text file that are not blank; bytes that are not UTF-8 are kept.
-    ValueError for a file that is not regular, or a line that is not text."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    """(number, text) of the lines of a text file that are not blank; bytes that are not UTF-8 are kept."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would wait, a device never end
         raise ValueError(f'{path}: not a regular file')
     with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
@@ -191,81 +181,70 @@ def read_list(
     videos: bool = False,
     names: list[str] | None = None,
 ) -> FileList:
-    """Read lines of `path label`, separated by spaces, tabs or a comma. Paths are below `root` and may
-    contain spaces; blank lines are skipped.
+    """Read lines of `path label`, separated by spaces, tabs or a comma, or a folder of class folders, see
+    `read_folder`. Paths are below `root` and may contain spaces.
 
     With `videos`, all lines can have the form `path num_frames label` instead, and names without an ending,
-    as in the Kinetics lists, get `.mp4`. Raises ValueError, with file and line, if a line has another form
-    than the first, or if its label is negative, not below `num_classes` or, if that is not known, far beyond
-    the number of samples.
-
-    Instead of a list it can be a folder of class folders, see `read_folder`; `root` is then ignored.
+    as in the Kinetics lists, get `.mp4`. ValueError names a file and line in neither form, or whose label is
+    out of range.
     """
     if os.path.isdir(list_file):
-        return read_folder(list_file, num_classes, videos, names)
-    form = '"path label", as in "jump/1.mp4 0"'
+        return read_folder(list_file, videos, names)
+    if names:
+        num_classes = len(names)
+    counts, form = (1,), '"path label", as in "jump/1.mp4 0"'
     if videos:
-        form += ', or "path num_frames label" in every line'
-    paths, labels, frames, columns = [], [], [], None
-    for number, text in read_lines(list_file):
+        counts, form = (1, 2), f'{form}, or "path num_frames label" in every line'
+    paths, numbers = [], []
+    for line, text in read_lines(list_file):
         match = LINE.fullmatch(text)
-        numbers = re.findall(r'-?\d+', match[2]) if match else []
-        if columns is None:
-            columns = len(numbers)
-        if not numbers or len(numbers) != columns or columns > (2 if videos else 1):
-            raise ValueError(f'{list_file}:{number}: expected {form}; found {text[:100]!r}')
-        path, label = match[1], int(numbers[-1])
+        found = [int(number) for number in re.findall(r'-?\d+', match[2])] if match else []
+        numbers.append(found)
+        if len(found) not in counts or len(found) != len(numbers[0]):
+            raise ValueError(f'{list_file}:{line}: expected {form}; found {text[:100]!r}')
+        path, label = match[1], found[-1]
         if label < 0 or num_classes and label >= num_classes:
             known = f', 0 to {num_classes - 1}' if num_classes else ''
-            raise ValueError(f'{list_file}:{number}: label {label} is out of range{known}')
+            raise ValueError(f'{list_file}:{line}: label {label} is out of range{known}')
         if videos and not os.path.splitext(path)[1]:
             path += '.mp4'
         paths.append(path)
-        labels.append(label)
-        frames.append(int(numbers[0]))
     if not paths:
         raise ValueError(f'{list_file}: no samples in it; expected {form}')
-    if columns == 2 and max(frames) < 16:
+    labels = [found[-1] for found in numbers]
+    if len(numbers[0]) == 2 and max(numbers)[0] < 16:
         raise ValueError(f'{list_file}: the first numbers are too small to count frames; expected {form}')
     if not num_classes and max(labels) > 10_000 + 10 * len(labels):
         raise ValueError(f'{list_file}: label {max(labels)} among {len(labels)} samples; labels count from 0')
     return FileList(np.array([*map(os.fsencode, paths)]), np.array(labels, dtype=np.int64), root)
 
 
-def read_folder(folder: str, num_classes: int | None, videos: bool, names: list[str] | None) -> FileList:
+def read_folder(folder: str, videos: bool, names: list[str] | None) -> FileList:
     """The samples of a folder of class folders, files at any depth. `names` number the classes, otherwise
-    their order does, see `class_names`. ValueError for a class folder whose name is not among them, or if
-    there are no files."""
+    their order does, see `class_names`."""
     endings, start = VIDEO_ENDINGS if videos else image_endings(), len(os.path.join(folder, ''))
     if not names:
         names = class_names(folder)
-        if num_classes not in (None, len(names)):
-            raise ValueError(f'{folder}: {len(names)} class folders, but {num_classes} classes without names')
     numbers = {name: number for number, name in enumerate(names)}
-    paths = [path[start:] for path in files_below(folder, endings)]
-    class_of = {path: path.partition(os.sep)[0] for path in paths if os.sep in path}
-    unknown = sorted(set(class_of.values()) - numbers.keys())
-    if unknown:
-        raise ValueError(f'{os.path.join(folder, unknown[0])}: not a known class, as {names[0]} is')
-    if not class_of:
+    paths, labels = [path[start:] for path in files_below(folder, endings)], []
+    if not paths or not names:
         raise ValueError(f'{folder}: no CLASS/NAME{endings[0]} or the like in it; a list works too')
-    if len(class_of) < len(paths):
-        say(f'{folder}: {len(paths) - len(class_of)} files are in no class folder and left out')
-    labels = np.array([numbers[name] for name in class_of.values()], dtype=np.int64)
-    return FileList(np.array([*map(os.fsencode, class_of)]), labels, folder)
+    for path in paths:
+        name = path.split(os.sep)[0]
+        if name not in numbers:
+            known = ', '.join(names[:3])
+            raise ValueError(f'{os.path.join(folder, name)}: not a class folder; classes are {known}, ...')
+        labels.append(numbers[name])
+    return FileList(np.array([*map(os.fsencode, paths)]), np.array(labels, dtype=np.int64), folder)
 
 
 def class_names(folder: str) -> list[str]:
     """The names of a folder's class folders: by their value if all are numbers, else by the alphabet."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_data(entry.name))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    names = [name for name in names if not name.startswith(SYSTEM)]
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     return names
-
-
-def is_data(name: str) -> bool:
-    """Whether a folder is the user's, and none that systems make: .git, @eaDir, $RECYCLE.BIN, __MACOSX."""
-    return not name.startswith(('.', '@', '$', '__'))
 
 
 def image_endings() -> tuple[str, ...]:
@@ -281,42 +260,40 @@ def is_image(path: str) -> bool:
 
 
 def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """The files below a folder that have one of the endings, in alphabetical order. Links are followed. Says
-    what is left out, hidden files aside."""
-    found, skipped = [], []
-    for parent, folders, names in os.walk(folder, onerror=skipped.append, followlinks=True):
+    """The files below a folder that have one of the endings, sorted. Links are followed. Says what is left
+    out, hidden files aside."""
+    found, left_out, unreadable = [], [], []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        here = Path(parent).resolve()
         for name in [*folders]:
-            inside = os.path.join(parent, name)
-            circular = os.path.islink(inside) and os.path.realpath(parent).startswith(
-                os.path.realpath(inside)
-            )
-            if circular or not is_data(name):
+            in_a_circle = here.is_relative_to(Path(parent, name).resolve())
+            if in_a_circle or name.startswith(SYSTEM):
                 folders.remove(name)
-                skipped.append(OSError(0, 'not a folder of data', inside))
-        found += [os.path.join(parent, name) for name in names if not name.startswith('.')]
-    for error in skipped:
-        if not os.path.basename(error.filename).startswith('.'):
-            say(f'{error.filename}: left out, {error.strerror}')
-    files = [path for path in found if path.lower().endswith(endings)]
-    others = [path for path in set(found).difference(files) if os.path.basename(path) != 'bad_samples.txt']
-    if others:
-        reason = f'not of {", ".join(endings[:4])}, ...'
-        say(f'{folder}: {len(others)} of {len(found)} files are left out, such as {min(others)}: {reason}')
-    return sorted(files, key=lambda path: path.replace(os.sep, '\0'))
+                left_out.append(os.path.join(parent, name))
+        for name in names:
+            if not name.startswith('.'):
+                part = found if name.lower().endswith(endings) else left_out
+                part.append(os.path.join(parent, name))
+    for error in unreadable:
+        say(f'{error.filename}: left out, {error.strerror}')
+    if left_out:
+        read = ', '.join(endings[:4])
+        say(f'{folder}: {len(left_out)} left out, such as {min(left_out)}; what is read ends in {read}, ...')
+    return sorted(found)
 
 
 def read_label_map(path: str) -> list[str]:
     """Class names from a text file: one a line, or `name index` or `index name` on every line, from 0.
 
-    If the names without their numbers would be the same (`level 0` and `level 1`), the numbers belong to
-    them. Raises ValueError for anything else, and for names that are not distinct.
+    If the names without their numbers would not be distinct (`level 0` and `level 1`), the numbers belong to
+    them. Raises ValueError for anything else.
     """
     wanted = 'expected one class name a line, or "name index" on every line, counted from 0'
     rows = [text for _, text in read_lines(path)]
     if not rows or rows[0].startswith(('{', '["', '#')) or rows[0] == '[':
         raise ValueError(f'{path}: no list of class names; {wanted}')
     for order in (r'(?P<name>.+?)[\s,]+(?P<index>\d+)', r'(?P<index>\d+)[\s,]+(?P<name>.+)'):
-        matches = [match for text in rows if (match := re.fullmatch(order, text))]
+        matches = [match for match in (re.fullmatch(order, text) for text in rows) if match]
         if len(matches) < max(len(rows) - 1, 2):  # names, a few of which have a number
             continue
         numbers, names = [int(match['index']) for match in matches], [match['name'] for match in matches]
@@ -325,17 +302,16 @@ def read_label_map(path: str) -> list[str]:
             return [name for _, name in sorted(zip(numbers, names))]
         if distinct or complete and numbers != sorted(numbers):
             raise ValueError(f'{path}: its lines are not numbered 0 to {len(rows) - 1}; {wanted}')
-    repeated = [name for name in rows if rows.count(name) > 1]
-    if repeated:
-        raise ValueError(f'{path}: {repeated[0]!r} stands there twice; {wanted}')
+    if len({*rows}) < len(rows):
+        raise ValueError(f'{path}: {max(rows, key=rows.count)!r} stands there twice; {wanted}')
     return rows
 
 
-def published_labels(kind: str, known: int) -> list[str] | None:
-    """The class names of Kinetics-400 or ImageNet, for a head of their size that came without names."""
+def published_labels(kind: str, known: int) -> list[str]:
+    """Names for a head that came without: of Kinetics-400 or ImageNet if it has their size, else numbers."""
     published = {('video', 400): ('Kinetics-400', 'R3D_18'), ('image', 1000): ('ImageNet', 'ResNet50')}
     if (kind, known) not in published:
-        return None
+        return [f'class {i}' for i in range(known)]
     from torchvision.models import get_weight  # takes seconds to import
 
     name, weights = published[kind, known]

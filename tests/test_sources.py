@@ -34,7 +34,6 @@ def tree(folder, *files):
         ('\ufeffa b/ü clip.mp4 3\r\n\r\n  plain.avi  0  \r\n', [('a b/ü clip.mp4', 3), ('plain.avi', 0)]),
         ('abc_def 300 7\nxyz,250,1\n1.5.mp4 20 4', [('abc_def.mp4', 7), ('xyz.mp4', 1), ('1.5.mp4', 4)]),
         ('x.mp4,24,0\ny, z.MKV 30\t1', [('x.mp4', 0), ('y, z.MKV', 1)]),
-        ('x.mp4\t0\ny 2.y4m\t1\t', [('x.mp4', 0), ('y 2.y4m', 1)]),
         (b'x\xff.mp4 0', [('x\udcff.mp4', 0)]),
         ('bare 0\nid-8 1', [('bare.mp4', 0), ('id-8.mp4', 1)]),
     ],
@@ -55,13 +54,10 @@ def test_images_have_one_number(tmp_path):
         ('a.mp4 1\nb.mp4\n', ':2: expected "path label", .* or "path num_frames label".*; found .b.mp4.'),
         ('path,label\na.mp4,0\n', ':1: expected .*; found .path,label.'),
         ('a.mp4;0\n', ':1: expected .*; found .a.mp4;0.'),
-        ('"a.mp4","0"\n', ':1: expected'),
-        ('a.mp4,jump\n', ':1: expected'),
         ('a.mp4 1\n\nb.mp4 8\n', ':3: label 8 is out of range, 0 to 7'),
         ('a.mp4 -1\n', ':1: label -1 is out of range'),
         ('\n \n', ': no samples'),
         ('a.mp4 1\nb.mp4 250 5\n', ':2: expected'),
-        ('a.mp4 250 1\nb.mp4 5\n', ':2: expected'),
         ('a.mp4 0 3 5\n', ':1: expected'),
         ('a.mp4 1 2\nb.mp4 2 4\n', ': the first numbers are too small to count frames'),
         ('a.mp4 1\nb.mp4 2'.encode('utf-16-le'), ':1: not text in UTF-8'),
@@ -84,9 +80,7 @@ def test_a_list_of_frame_folders_is_said_to_be_one(tmp_path):
     tree(tmp_path, 'clip/img_00001.jpg', 'there.mp4')
     (tmp_path / 'list.txt').write_text('clip 300 0\n')
     files = sources.read_list(str(tmp_path / 'list.txt'), str(tmp_path), videos=True)
-    with pytest.raises(
-        FileNotFoundError, match='clip: a folder, perhaps of frames, .* `ffmpeg -framerate 30'
-    ):
+    with pytest.raises(FileNotFoundError, match='clip: a folder, perhaps of frames; `ffmpeg -framerate 30'):
         sources.check_there(files, 'list.txt', '--video-root')
     names = [f'gone{i}.mp4' for i in range(12)] + ['there.mp4'] * 88  # some are missing: `--max-bad` counts
     files.paths = np.array([*map(os.fsencode, names)])
@@ -104,7 +98,6 @@ def test_a_list_of_frame_folders_is_said_to_be_one(tmp_path):
         ('0\ttench, Tinca\n1\tox\n', ['tench, Tinca', 'ox']),
         ('level 0\nlevel 1\nlevel 2\n', ['level 0', 'level 1', 'level 2']),
         ('level 0\nlevel 1\n', ['level 0', 'level 1']),
-        ('0 mph\n1 mph\n', ['0 mph', '1 mph']),
         ('200 m\n100 m\n', ['200 m', '100 m']),
         ('tench, Tinca\ngoldfish, Carassius\n', ['tench, Tinca', 'goldfish, Carassius']),
         ('[Something] falling\nrun\n', ['[Something] falling', 'run']),
@@ -118,10 +111,7 @@ def test_label_maps(tmp_path, content, expected):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (
-            '{\n  "jump": 0,\n  "run": 1\n}',
-            'no list of class names; expected one class name a line, or "name',
-        ),
+        ('{\n  "jump": 0,\n  "run": 1\n}', 'no list of class names; expected one class name a line, or'),
         ('["jump", "run"]', 'no list'),
         ('# my classes\njump\n', 'no list'),
         ('1 jump\n2 run\n', 'its lines are not numbered 0 to 1; expected'),
@@ -149,32 +139,32 @@ def test_class_folders_take_what_can_be_read_and_say_what_they_leave_out(tmp_pat
     samples = sources.read_list(images)
     assert samples.paths.tolist() == [b'a/x.jfif', b'a/x.ppm', b'b/c/1.JPG']
     assert samples.labels.tolist() == [0, 0, 1]
-    expected = '2 of 5 files are left out, such as a/x.GIF: not of .jpg, '
-    assert expected in capsys.readouterr().out.replace(f'{images}/', '')
-    videos = tree(tmp_path / 'videos', 'a/x.M4V', 'a/x.gif', 'b/x.mkv', 'b/x.txt', 'b/x.ts', 'z.mp4')
+    assert '/images: 2 left out, such as ' in capsys.readouterr().out
+    videos = tree(tmp_path / 'videos', 'a/x.M4V', 'a/x.gif', 'b/x.mkv', 'b/x.txt', 'b/x.ts')
     assert len(sources.read_list(videos, videos=True)) == 4
-    output = capsys.readouterr().out.replace(f'{videos}/', '')
-    assert '1 of 6 files are left out, such as b/x.txt: not of .mp4, ' in output
-    assert 'videos: 1 files are in no class folder and left out\n' in output
-    with pytest.raises(ValueError, match='a: no CLASS/NAME.mp4 or the like in it; a list works too'):
-        sources.read_list(f'{videos}/a', videos=True)
+    assert f'1 left out, such as {videos}/b/x.txt; what is read ends in .mp4, ' in capsys.readouterr().out
+    for folder in (f'{videos}/a', f'{images}/b'):  # one level too deep, and without a video
+        with pytest.raises(ValueError, match=f'{folder}: no CLASS/NAME.mp4 or the like in it; a list works'):
+            sources.read_list(folder, videos=True)
+    tree(tmp_path / 'videos', 'z.mp4')
+    with pytest.raises(ValueError, match='videos/z.mp4: not a class folder; classes are a, b, ...'):
+        sources.read_list(videos, videos=True)
 
 
 def test_folders_of_systems_are_no_classes_and_links_are_followed(tmp_path, capsys):
     inside = ('@eaDir', '__MACOSX', '.hidden', '$RECYCLE.BIN')
     hidden = [f'{parent}{name}/x.jpg' for parent in ('', 'a/', 'b/c/') for name in inside]
-    folder = tree(tmp_path / 'in', 'a/1.jpg', 'b/2.jpg', 'b/bad_samples.txt', *hidden)
-    (tmp_path / 'in/b/up').symlink_to('..')
-    (tmp_path / 'in/b/loop').symlink_to('loop')
-    (tmp_path / 'in/c').symlink_to('a')
-    assert sources.class_names(folder) == ['a', 'b', 'c']
-    assert sources.read_list(folder).paths.tolist() == [b'a/1.jpg', b'b/2.jpg', b'c/1.jpg']
-    said = capsys.readouterr().out
-    assert 'in/a/@eaDir: left out, not a folder of data' in said and '.hidden' not in said
+    folder = tree(tmp_path / 'in', 'a/1.jpg', 'ab/2.jpg', *hidden)
+    (tmp_path / 'in/ab/up').symlink_to('..')
+    (tmp_path / 'in/ab/loop').symlink_to('loop')
+    (tmp_path / 'in/ab/other').symlink_to('../a')
+    assert sources.class_names(folder) == ['a', 'ab', 'b']
+    assert sources.read_list(folder).paths.tolist() == [b'a/1.jpg', b'ab/2.jpg', b'ab/other/1.jpg']
+    assert ' left out, such as ' in capsys.readouterr().out
 
 
 def test_folders_that_cannot_be_read_are_said(tmp_path, capsys, monkeypatch):
-    folder = tree(tmp_path / 'in', 'a/1.jpg', 'a/locked/2.jpg', 'b/3.jpg', 'locked/4.jpg')
+    folder = tree(tmp_path / 'in', 'a/1.jpg', 'b/3.jpg', 'locked/4.jpg')
     scandir = os.scandir
 
     def refuse(path):
@@ -184,30 +174,26 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(os, 'scandir', refuse)  # as root may read all
     assert sources.class_names(folder) == ['a', 'b', 'locked'] and len(sources.read_list(folder)) == 2
-    said = [f'{folder}/{name}: left out, Permission denied' for name in ('a/locked', 'locked')]
-    assert sorted(capsys.readouterr().out.splitlines()) == said
+    assert capsys.readouterr().out == f'{folder}/locked: left out, Permission denied\n'
 
 
 def open_sources(options):
     return sources.open_sources(train.parse_args(options.split()))
 
 
-def test_a_run_begins_with_its_classes_and_what_is_odd_in_them(tmp_path, capsys, monkeypatch):
+def test_a_run_begins_with_its_classes_and_their_counts(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree(tmp_path / 'in', 'a/1.jpg', 'a/2.jpg', 'b/1.jpg', 'c/x.txt')
     open_sources('--image-only --image-list in')
-    line = 'in: 3 images of 3 classes: a (2), b (1), c (0)'
+    line = 'in: 3 images of 3 classes, from c (0) to a (2)'
     assert capsys.readouterr().out.splitlines()[-1] == line
-    tree(tmp_path, *(f'{i}.jpg' for i in range(12)))
-    for kind, labels, said in (
-        ('image', [0, *range(2, 13)], 'from class 1 (0) to class 0 (1)'),
-        ('video', range(1, 13), 'to class 1 (1); labels are expected to count from 0'),
-    ):
-        (tmp_path / 'list.txt').write_text('\n'.join(f'{i}.jpg {label}' for i, label in enumerate(labels)))
-        open_sources(f'--{kind}-only --{kind}-list list.txt --{kind}-root .')
-        line = capsys.readouterr().out
-        assert f'list.txt: 12 {kind}s of 13 classes: class 0 (' in line and line.endswith(f'{said}\n')
-        assert 'class 9 (1), ...; from class' in line
+    (tmp_path / 'list.txt').write_text('in/a/1.jpg 1\nin/a/2.jpg 1\nin/b/1.jpg 2\n')  # counted from 1
+    open_sources('--image-only --image-list list.txt --image-root .')
+    line = 'list.txt: 3 images of 3 classes, from class 0 (0) to class 1 (2)\n'
+    assert capsys.readouterr().out == line
+    (tmp_path / 'names.txt').write_text('one\ntwo\n')
+    with pytest.raises(ValueError, match='list.txt:3: label 2 is out of range, 0 to 1'):
+        open_sources('--image-only --image-list list.txt --image-root . --image-labels names.txt')
 
 
 def test_class_folders_are_not_guessed_to_be_a_lists_labels(tmp_path, monkeypatch):

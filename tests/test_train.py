@@ -62,7 +62,7 @@ def test_demo_trains_validates_and_tests(trained):
     folder, output = trained
     for line in (
         'reusing the set',
-        '32 videos of 8 classes: stripes rising (4), ',
+        '32 videos of 8 classes, from stripes rising (4) to ',
         '10 steps are few for what learns from nothing; --epochs 150 makes 300',
         '16 videos of 8 classes, 10 clips x 3 crops',
         '12 images of 4 classes, centre crop',
