@@ -271,7 +271,7 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
                 folders.remove(name)
                 left_out.append(os.path.join(parent, name))
         for name in names:
-            if not name.startswith('.'):
+            if not name.startswith('.') and name != 'bad_samples.txt':  # which `encode` writes
                 part = found if name.lower().endswith(endings) else left_out
                 part.append(os.path.join(parent, name))
     for error in unreadable:
@@ -279,7 +279,7 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
     if left_out:
         read = ', '.join(endings[:4])
         say(f'{folder}: {len(left_out)} left out, such as {min(left_out)}; what is read ends in {read}, ...')
-    return sorted(found)
+    return sorted(found, key=lambda path: path.replace(os.sep, '\0'))  # folder by folder
 
 
 def read_label_map(path: str) -> list[str]:
