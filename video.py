@@ -1,9 +1,7 @@
 """Exact frames from a video file, fast.
 
-    with VideoReader('clip.mp4') as video:
-        frames = video.get_batch([0, 8, 16])  # uint8 (3, H, W, 3), RGB
-
-Needs PyAV, NumPy and runtime/headers.py, and nothing else of this project.
+with VideoReader('clip.mp4') as video:
+    frames = video.get_batch([0, 8, 16])  # uint8 (3, H, W, 3), RGB
 """
 
 import contextlib
@@ -34,11 +32,11 @@ class VideoReader:
     `get_batch([i, ...])` gives the i-th frames in presentation order, upright: the same pixels as decoding
     everything from the start. H.264 and HEVC in MP4 and Matroska, VP8, VP9 and AV1 are read from the last key
     frame before each frame, if the file itself proves that this is exact; then frames are counted without
-    decoding, too. Everything else is decoded from the start, to count and again to read; so is a file that
-    turns out to be damaged. (If libavcodec misses damage, the frames that it patches up may differ.)
+    decoding, too. Everything else, and a file that turns out to be damaged, is decoded from the start, to
+    count and again to read. (If libavcodec misses damage, the frames that it patches up may differ.)
 
-    Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. Other
-    errors that PyAV raises for a damaged file pass through, on opening or on reading.
+    Raises FileNotFoundError, or ValueError for a file that is not a readable video. Other errors of PyAV pass
+    through if a file is damaged.
 
         stream  PyAV's video stream: its average_rate, colours, size
     """
@@ -197,19 +195,15 @@ def local(path: str) -> str:
     return os.path.join('.', path)
 
 
-def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """A file, opened with FFmpeg's `options`, and its video stream. Raises what VideoReader raises."""
+def open_video(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """A file and its video stream. Raises what VideoReader raises."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe without a writer would block
         raise ValueError('not a regular file')
-    options |= {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
+    options = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     try:
         container = av.open(local(path), container_options=options, **LENIENT)
-    except av.ArgumentError:
-        raise ValueError('its format is not one of the video formats that are read') from None
-    except av.FFmpegError as error:  # most are an OSError or a ValueError as well
-        if isinstance(error, (OSError, ValueError)):
-            raise
-        raise ValueError(error.strerror) from None
+    except av.FFmpegError as error:
+        raise ValueError(f'it cannot be opened as a video: {error.strerror}') from None
     streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
     if not streams:
         raise ValueError('no video stream')
@@ -228,9 +222,8 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
 def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """The flips that make a frame upright: across the diagonal, then upside down, then left to right.
 
-    They follow from its display matrix. Most come from phones; FFmpeg 8.1 also makes one from a photo's EXIF.
-    It takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight orientations is used.
-    Reading side data keeps the frame alive until Python's garbage collector runs.
+    Its display matrix takes a pixel at (x, y) to (a x + c y, b x + d y). The nearest of eight orientations is
+    used. Reading side data keeps the frame alive until Python's garbage collector runs.
     """
     try:
         matrix = frame.side_data.get('DISPLAYMATRIX')

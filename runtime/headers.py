@@ -30,7 +30,7 @@ def codec_of(stream: av.VideoStream) -> 'InOrder | H264 | Hevc':
         return InOrder(name, stream)
     extradata = bytes(stream.codec_context.extradata or b'')
     require(name in ('h264', 'hevc') and extradata[:1] == b'\1')  # as MP4 and Matroska have it
-    return H264(stream, extradata) if name == 'h264' else Hevc(extradata)
+    return H264(extradata, stream) if name == 'h264' else Hevc(extradata)
 
 
 class InOrder:
@@ -96,7 +96,7 @@ class Units:
 class H264(Units):
     header, slices, parameters, message = 1, (1, 5), (7, 8), 6
 
-    def __init__(self, stream: av.VideoStream, extradata: bytes):
+    def __init__(self, extradata: bytes, stream: av.VideoStream):
         self.extradata, self.prefix = extradata, extradata[4] % 4 + 1
         level = av.logging.get_level()
         av.logging.set_level(av.logging.INFO)
