@@ -9,6 +9,7 @@ import os
 import stat
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import av
@@ -281,14 +282,17 @@ def make_index(container: av.container.InputContainer, stream: av.VideoStream) -
     require(min(start, default=-1) >= 0 and len(set(pts)) == len(pts))
     place = np.argsort(pts)
     # A decoder goes by what pictures say of their order, which the times can contradict.
-    require([order[each] for each in place] == sorted(set(order)))
+    shown = [order[each] for each in place]
+    require(shown == sorted(set(order)))
     seen = []
     for when in order:  # libavcodec drops some if more have to wait than it knows
         at = bisect(seen, when)
         require(len(seen) - at <= codec.can_wait)
         seen.insert(at, when)
-    steps = np.diff(np.sort(pts))
-    if isinstance(codec, Hevc) and len(steps):  # libavcodec leaves out what refers to a lost picture
-        require(steps.max() < 2 * steps.min())  # none is lost
+    if isinstance(codec, Hevc) and len(pts) > 1:
+        # libavcodec leaves out what refers to a lost picture. None is lost if times and counts grow evenly.
+        steps = np.diff(np.sort(pts))
+        counts = {later[1] - each[1] for each, later in pairwise(shown) if later[0] == each[0]}
+        require(steps.max() < 2 * steps.min() and len(counts) <= 1)
     number = {pts[each]: number for number, each in enumerate(place)}
     return Index(pts, seek, np.array(start), place, number, 'NONREF' if codec.can_skip else 'DEFAULT')
