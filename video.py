@@ -1,11 +1,10 @@
 """Exact frames from a video file, fast.
 
-    with VideoReader('clip.mp4') as video:
-        frames = video.get_batch([0, 8, 16])  # uint8 (3, H, W, 3), RGB
-
-Needs PyAV, NumPy and runtime/headers.py, and nothing else of this project.
+with VideoReader('clip.mp4') as video:
+    frames = video.get_batch([0, 8, 16])  # uint8 (3, H, W, 3), RGB
 """
 
+import contextlib
 import os
 import stat
 from bisect import bisect
@@ -18,12 +17,11 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from runtime.headers import HIDDEN, OPENS, STARTS, Hevc, Unsure, codec_of, require
+from runtime.headers import Hevc, Unsure, codec_of, require
 
 # FFmpeg's names of what is opened. Playlists and the like, which lead to other files, are not among them.
 FORMATS = 'mov,matroska,avi,flv,mpegts,mpeg,asf,gif,ogg,mxf,nut,ivf,yuv4mpegpipe,h264,hevc,m4v,mpegvideo'
 MAX_PIXELS = 89_478_485  # of a frame, 2.7 times those of 8K: a small file can claim more than memory holds
-SMALL = 8_000_000  # bytes of a file whose packets are kept, to read it once
 # Before PyAV 19, text that is not UTF-8 would be an error.
 LENIENT = {'metadata_errors': 'ignore'} if int(av.__version__.split('.')[0]) < 19 else {}
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
@@ -35,11 +33,11 @@ class VideoReader:
     `get_batch([i, ...])` gives the i-th frames in presentation order, upright: the same pixels as decoding
     everything from the start. H.264 and HEVC in MP4 and Matroska, VP8, VP9 and AV1 are read from the last key
     frame before each frame, if the file itself proves that this is exact; then frames are counted without
-    decoding, too. Everything else is decoded from the start, to count and again to read; so is a file that
-    turns out to be damaged. (If libavcodec misses damage, the frames that it patches up may differ.)
+    decoding, too. Everything else, and a file that turns out to be damaged, is decoded from the start, to
+    count and again to read. (If libavcodec misses damage, the frames that it patches up may differ.)
 
-    Raises FileNotFoundError, other OSErrors, or ValueError for a file that is not a readable video. Other
-    errors that PyAV raises for a damaged file pass through, on opening or on reading.
+    Raises FileNotFoundError, or ValueError for a file that is not a readable video. Other errors of PyAV pass
+    through if a file is damaged.
 
         stream  PyAV's video stream: its average_rate, colours, size
     """
@@ -49,7 +47,10 @@ class VideoReader:
         self._container, self.stream = open_video(self.path)
         self._reformatter = VideoReformatter()
         self._size = self._turn = None  # of the first picture decoded
-        self._index = make_index(self._container, self.stream)
+        try:
+            self._index = make_index(self._container, self.stream)
+        except (Unsure, LookupError, av.FFmpegError):  # LookupError: a header is cut off
+            self._index = None
         self._pts = [*self._index.number] if self._index else [frame.pts for _, frame in self.decode()]
         if not self._pts:
             raise ValueError('no frames')
@@ -98,7 +99,8 @@ class VideoReader:
         if not missing or min(missing) < 0 or max(missing) >= len(self):
             raise IndexError(f'frames {sorted(missing)} asked of a video with {len(self)}')
         if self._index:
-            yield from self._converted(self._decode_near(sorted(missing)), missing)
+            with contextlib.suppress(Unsure, av.FFmpegError):
+                yield from self._converted(self._decode_near(sorted(missing)), missing)
             if missing:  # decoding did not give what the index promised
                 count = sum(1 for _ in self.decode())
                 if count != len(self):  # the numbers of other frames would be wrong as well
@@ -150,46 +152,37 @@ class VideoReader:
     def _decode_near(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield (number, frame) for the `wanted` frames and others, decoded from the last start before each.
 
-        Ends early if something does not fit the index or is damaged: how damage is patched up depends on
-        everything that was decoded before.
+        Raises Unsure or FFmpegError if something does not fit the index or is damaged: how damage is patched
+        up depends on everything that was decoded before.
         """
         index = self._index
         places = index.place[wanted]
         start_of = index.start[places]
         for start in np.unique(start_of).tolist():
             first, last, held = index.number[index.pts[start]], -1, []
-            try:
-                for frame in self._decode_group(start, set(places[start_of == start].tolist())):
-                    number = index.number.get(frame.pts, last)
-                    if number <= last or frame.is_corrupt or number == first and not frame.key_frame:
-                        return
-                    self._compare(frame)
-                    last = number
-                    held.append((number, frame))
-                    if len(held) > 16:  # a damaged one that it refers to can no longer be shown after it
-                        yield held.pop(0)
-            except av.FFmpegError:  # decoding from the start tells what is wrong
-                return
+            for frame in self._decode_group(start, set(places[start_of == start].tolist())):
+                number = index.number.get(frame.pts, -1)
+                require(number > last and not frame.is_corrupt and (number != first or frame.key_frame))
+                self._compare(frame)
+                last = number
+                held.append((number, frame))
+                if len(held) > 16:  # a damaged one that it refers to can no longer be shown after it
+                    yield held.pop(0)
             yield from held
 
     def _decode_group(self, start: int, needed: set[int]) -> Iterator[av.VideoFrame]:
         """Yield frames, decoding from the packet at place `start` on until all `needed` places have come."""
-        codec, index = self.stream.codec_context, self._index
-        place, last = start, max(needed)
-        packets = index.packets[start:]
-        if not packets:
-            self._container.seek(index.seek[start], stream=self.stream)
-            packets = self._container.demux(self.stream)
+        codec, index, place = self.stream.codec_context, self._index, start
         codec.flush_buffers()
-        for packet in packets:
-            if packet.pts != index.pts[place]:
-                if place == start:  # a packet before it
-                    continue
-                return
+        self._container.seek(index.seek[start], stream=self.stream)
+        for packet in self._container.demux(self.stream):
+            if place == start and packet.pts != index.pts[start]:  # it is before
+                continue
+            require(packet.pts == index.pts[place])
             # The decoder can drop a picture that nothing refers to; it must see all others.
             codec.skip_frame = 'DEFAULT' if place in needed else index.skip
             yield from codec.decode(packet)
-            if place == last:
+            if place == max(needed):
                 break
             place += 1
         yield from codec.decode(None)
@@ -203,19 +196,15 @@ def local(path: str) -> str:
     return os.path.join('.', path)
 
 
-def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """A file, opened with FFmpeg's `options`, and its video stream. Raises what VideoReader raises."""
+def open_video(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """A file and its video stream. Raises what VideoReader raises."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe without a writer would block
         raise ValueError('not a regular file')
-    options |= {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
+    options = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     try:
         container = av.open(local(path), container_options=options, **LENIENT)
-    except av.ArgumentError:
-        raise ValueError('its format is not one of the video formats that are read') from None
-    except av.FFmpegError as error:  # most are an OSError or a ValueError as well
-        if isinstance(error, (OSError, ValueError)):
-            raise
-        raise ValueError(error.strerror) from None
+    except av.FFmpegError as error:
+        raise ValueError(f'it cannot be opened as a video: {error.strerror}') from None
     streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
     if not streams:
         raise ValueError('no video stream')
@@ -234,9 +223,8 @@ def open_video(path: str, **options: str) -> tuple[av.container.InputContainer, 
 def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """The flips that make a frame upright: across the diagonal, then upside down, then left to right.
 
-    They follow from its display matrix. Most come from phones; FFmpeg 8.1 also makes one from a photo's EXIF.
-    It takes a pixel at (x, y) to (a x + c y, b x + d y); the nearest of the eight orientations is used.
-    Reading side data keeps the frame alive until Python's garbage collector runs.
+    Its display matrix takes a pixel at (x, y) to (a x + c y, b x + d y). The nearest of eight orientations is
+    used. Reading side data keeps the frame alive until Python's garbage collector runs.
     """
     try:
         matrix = frame.side_data.get('DISPLAYMATRIX')
@@ -270,65 +258,41 @@ class Index(NamedTuple):
     place: np.ndarray  # of each frame number
     number: dict[int, int]  # frame number of each presentation time
     skip: str  # what the decoder may leave out
-    packets: list[av.Packet]  # all of them, if the file is small
 
 
-def make_index(container: av.container.InputContainer, stream: av.VideoStream) -> Index | None:
-    """Read through the packets. Gives None unless decoding from the middle is sure to be exact."""
-    try:
-        require(container.format.name.split(',')[0] in ('mov', 'matroska'))
-        return _index(container, stream, codec_of(stream))
-    except (Unsure, LookupError, av.FFmpegError):  # LookupError: a header is cut off
-        return None
-
-
-def _index(container: av.container.InputContainer, stream: av.VideoStream, codec) -> Index:
-    pts, seek, start, order, shown, packets = [], [], [], [], [], []
+def make_index(container: av.container.InputContainer, stream: av.VideoStream) -> Index:
+    """Read through the packets. Raises Unsure unless decoding from the middle is sure to be exact."""
+    require(container.format.name.split(',')[0] in ('mov', 'matroska'))
+    codec = codec_of(stream)
+    pts, seek, start, order = [], [], [], []
     before = latest = -1  # the last two starts
-    keep = container.size < SMALL
     for packet in container.demux(stream):
         if not packet.size:  # the end
             continue
         require(packet.pts is not None and not packet.is_corrupt and not packet.is_discard)
         require(not packet.has_sidedata('new_extradata'))
-        kind, when = codec.look(packet)
-        if kind == STARTS or kind == OPENS and pts:
+        starts, when = codec.look(packet)
+        if starts:
             require(not pts or packet.pts > max(pts[latest:]))
             before, latest = latest, len(pts)
-        if kind != HIDDEN:
-            shown.append(len(pts))
         pts.append(packet.pts)
         seek.append(packet.pts if packet.dts is None else packet.dts)
         start.append(before if packet.pts < pts[latest] else latest)
         order.append(when)
-        if keep:
-            packets.append(packet)
     require(min(start, default=-1) >= 0 and len(set(pts)) == len(pts))
-    place = sorted(shown, key=pts.__getitem__)
-    _check_order([order[each] for each in shown], [order[each] for each in place], codec.can_wait)
-    if isinstance(codec, Hevc):
-        _check_none_lost([pts[each] for each in place], [order[each] for each in place])
-    number = {pts[each]: number for number, each in enumerate(place)}
-    skip = 'NONREF' if codec.can_skip else 'DEFAULT'
-    return Index(pts, seek, np.array(start), np.array(place), number, skip, packets)
-
-
-def _check_order(decoded: list[tuple], shown: list[tuple], can_wait: int) -> None:
-    """Compare the order of the times (`shown`) with what pictures say themselves, by which a decoder goes."""
-    require(all(earlier < later for earlier, later in pairwise(shown)))
+    place = np.argsort(pts)
+    # A decoder goes by what pictures say of their order, which the times can contradict.
+    shown = [order[each] for each in place]
+    require(shown == sorted(set(order)))
     seen = []
-    for order in decoded:  # libavcodec drops some if more have to wait than it knows
-        at = bisect(seen, order)
-        require(len(seen) - at <= can_wait)
-        seen.insert(at, order)
-
-
-def _check_none_lost(times: list[int], shown: list[tuple]) -> None:
-    """For HEVC: libavcodec leaves out what refers to a lost picture. Within a sequence counts grow evenly."""
-    steps, counts = np.diff(times), set()
-    for (a, b), step in zip(pairwise(shown), steps):
-        if a[0] == b[0]:
-            counts.add(b[1] - a[1])
-        else:
-            require(step < 1.5 * np.median(steps))
-    require(len(counts) <= 1)
+    for when in order:  # libavcodec drops some if more have to wait than it knows
+        at = bisect(seen, when)
+        require(len(seen) - at <= codec.can_wait)
+        seen.insert(at, when)
+    if isinstance(codec, Hevc) and len(pts) > 1:
+        # libavcodec leaves out what refers to a lost picture. None is lost if times and counts grow evenly.
+        steps = np.diff(np.sort(pts))
+        counts = {later[1] - each[1] for each, later in pairwise(shown) if later[0] == each[0]}
+        require(steps.max() < 2 * steps.min() and len(counts) <= 1)
+    number = {pts[each]: number for number, each in enumerate(place)}
+    return Index(pts, seek, np.array(start), place, number, 'NONREF' if codec.can_skip else 'DEFAULT')

@@ -119,7 +119,6 @@ def test_frames_equal_decoding_from_the_start(name, tmp_path, monkeypatch):
     if name in FROM_THE_MIDDLE:
         monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
     expected = check(path)
-    monkeypatch.setattr('video.SMALL', 0)  # as large files are read
     with VideoReader(path) as video:
         assert not video._index or not video._index.packets  # which would fill the memory
         times = np.array(options.get('times', np.arange(len(video)) * 20)) / 600
@@ -259,7 +258,8 @@ def test_frames_that_change_size_are_refused(name, stated, tmp_path):
         packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
     path = mux(tmp_path / file, paths[stated], [*first, *second])
     with pytest.raises(ValueError, match='its frames change size from 64x64 to 96x80'):
-        VideoReader(path)
+        video = VideoReader(path)
+        video.get_batch([0, len(video) - 1])
 
 
 @pytest.mark.parametrize('codec', ['h264', 'hevc'])
@@ -294,8 +294,8 @@ def test_pictures_that_are_not_shown_and_some_that_are_shown_again(name, tmp_pat
             packets[-1].is_keyframe &= place == 0
     expected = decode_all(mux(tmp_path / file, path, packets))
     assert unshown > 2
-    if name != 'av1':
-        assert len(packets_of(tmp_path / file)) == len(expected) + unshown * (name == 'vp8')
+    if name == 'vp9':
+        assert len(packets_of(tmp_path / file)) == len(expected)
         monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
     check(tmp_path / file, expected)
 
