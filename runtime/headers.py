@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 
 import av
-import av.logging
 from av.bitstream import BitStreamFilterContext
 
 
@@ -30,7 +29,7 @@ def codec_of(stream: av.VideoStream) -> 'InOrder | H264 | Hevc':
         return InOrder(name, stream)
     extradata = bytes(stream.codec_context.extradata or b'')
     require(name in ('h264', 'hevc') and extradata[:1] == b'\1')  # as MP4 and Matroska have it
-    return H264(extradata, stream) if name == 'h264' else Hevc(extradata)
+    return H264(extradata) if name == 'h264' else Hevc(extradata)
 
 
 class InOrder:
@@ -58,7 +57,7 @@ class InOrder:
 class Units:
     """H.264 and HEVC: a packet is units, each after its length. Slices among them make up a picture."""
 
-    can_skip = True
+    can_skip, can_wait = True, 0
     order_bits = sequence = last = 0  # see `order`
 
     def look(self, packet: av.Packet) -> tuple[bool, tuple[int, int]]:
@@ -96,27 +95,53 @@ class Units:
 class H264(Units):
     header, slices, parameters, message = 1, (1, 5), (7, 8), 6
 
-    def __init__(self, extradata: bytes, stream: av.VideoStream):
+    def __init__(self, extradata: bytes):
         self.extradata, self.prefix = extradata, extradata[4] % 4 + 1
-        level = av.logging.get_level()
-        av.logging.set_level(av.logging.INFO)
-        try:
-            with av.logging.Capture() as lines:  # of the parameters, by the names of the standard
-                BitStreamFilterContext('trace_headers', stream)
-        finally:
-            av.logging.set_level(level)
-        text = ''.join(line for *_, line in lines)
-        require(text.count('Sequence Parameter Set\n') == 1)
-        lines = re.findall(r'^\d+ +(\w+) +[01]+ = (\d+)$', text, re.M)  # position, name, bits, value
-        value = {name: int(number) for name, number in lines}
+        record = Bits(extradata[5:])
+        require(record.take(8) & 31 == 1)  # one sequence
+        size = record.take(16)
+        self._read_sequence(Bits(payload(record.take(8 * size).to_bytes(size, 'big')[1:])))
+
+    def _read_sequence(self, bits: 'Bits') -> None:
+        profile = bits.take(8)
         # Baseline, Main, High, High 10, High 4:2:2. How 4:4:4 is decoded depends on the x264 version.
-        require(value['profile_idc'] in (66, 77, 100, 110, 122) and value.get('chroma_format_idc', 1) < 3)
-        require(value['frame_mbs_only_flag'] == 1)  # no fields
-        require(value['gaps_in_frame_num_allowed_flag'] == 0)
-        require(value['pic_order_cnt_type'] != 1)  # 0: a count, 2: as decoded; 1, which is rare, has a table
-        self.order_bits = value.get('log2_max_pic_order_cnt_lsb_minus4', -4) + 4
-        self.frame_num_bits, self.next_frame_num = value['log2_max_frame_num_minus4'] + 4, 0
-        self.can_wait = value.get('max_num_reorder_frames', 0)  # unsaid, libavcodec learns it too late
+        require(profile in (66, 77, 100, 110, 122))
+        bits.take(16)  # constraints, level
+        bits.unsigned()  # its number
+        if profile >= 100:
+            require(bits.unsigned() < 3)  # 4:4:4 again
+            bits.unsigned(2)  # depths
+            require(bits.take(2) == 0)  # lossless, own matrices (they are long)
+        self.frame_num_bits, self.next_frame_num = bits.unsigned() + 4, 0
+        kind = bits.unsigned()
+        require(kind in (0, 2))  # a count, or as decoded; 1, which is rare, has a table
+        if kind == 0:
+            self.order_bits = bits.unsigned() + 4
+        bits.unsigned()  # references
+        require(bits.take(1) == 0)  # frame_num may skip some
+        bits.unsigned(2)  # width, height
+        require(bits.take(1) == 1)  # no fields
+        bits.take(1)
+        if bits.take(1):  # cropping
+            bits.unsigned(4)
+        if bits.take(1):
+            self._read_usability(bits)
+
+    def _read_usability(self, bits: 'Bits') -> None:
+        """How many pictures can wait. If it is not said, libavcodec learns it too late: then none can."""
+        if bits.take(1) and bits.take(8) == 255:  # shape of pixels
+            bits.take(32)
+        if bits.take(1):  # overscan
+            bits.take(1)
+        if bits.take(1) and bits.take(5) & 1:  # format and range, colours
+            bits.take(24)
+        if bits.take(1):  # place of chroma
+            bits.unsigned(2)
+        if bits.take(1):  # timing
+            bits.take(65)
+        if bits.take(2) == 0 and bits.take(2) & 1:  # no models of buffers (they are long), but restrictions
+            bits.take(1)
+            self.can_wait = bits.unsigned(5)
 
     def type_of(self, unit: memoryview) -> int:
         return unit[0] & 31
