@@ -16,9 +16,9 @@ model.py | first steps do not count evenly | max(1 / (step + 1), => max(0,
 model.py | an image meets the middle tap only | self.weight.sum(2, keepdim=True) => self.weight[:, :, 1:2]
 model.py | pixels from 0 to 1 pass | if x.max() <= 1: => if False:
 video.py | no video is turned | (True, b < 0, c < 0) if => (False, False, False) if
-video.py | frames are in the order of the file | place = sorted(shown, key=pts.__getitem__) => place = shown
+video.py | frames are in the order of the file | place = np.argsort(pts) => place = np.arange(len(pts))
 video.py | a wrong key frame is sought | before if packet.pts < pts[latest] else latest => latest
-video.py | times that lie are believed | require(all(earlier < later => require(all(True
+video.py | times that lie are believed | require(shown == sorted(set(order))) => require(True)
 video.py | playlists are opened | {'format_whitelist': FORMATS, => {
 runtime/headers.py | a rotation in a message is lost | (0, 1, 4, 5, 6, => (0, 1, 4, 5, 6, 47,
 data.py | the last clip is never drawn | frame_interval, 0) + 1 => frame_interval, 1)
