@@ -177,7 +177,7 @@ class ImageDataset(FileDataset):
     """The listed images, uint8.
 
     mode 'train': `dataset[pass, index]` has a random crop, (3, size, size).
-    mode 'val' or 'test': `dataset[index]` has one view, the centre crop, (1, 3, size, size).
+    mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
     """
 
     @property

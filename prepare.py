@@ -120,17 +120,17 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     if there:
         say(f'{there} of {len(paths)} files are in {target} and stay as they are, whatever their settings')
     os.makedirs(target, exist_ok=True)
-    out = os.path.join(target, 'bad_samples.txt')
-    lock = open(out, 'a')
+    out, lock = os.path.join(target, 'bad_samples.txt'), open(os.path.join(target, '.lock'), 'a')
     if not locked(lock):
         raise ValueError(f'{target} is in use by another encode')
     jobs = [(*pair, short_side, gop, crf) for pair in zip(paths, copies)]
     try:
         work_through(encode_file, jobs, source, out)
-        os.remove(out)  # it is empty
+        Path(out).unlink(missing_ok=True)  # of an earlier, worse time
     finally:
         for copy in copies:
             Path(f'{copy}.part').unlink(missing_ok=True)  # of what failed, or was stopped
+        os.remove(lock.name)
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:

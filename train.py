@@ -262,7 +262,8 @@ def wrap(network: nn.Module, args: argparse.Namespace, sources: list, device: to
     network's weights."""
     wrapped = network
     if args.compile:
-        distributed.check_compiler(device)
+        with together():
+            distributed.check_compiler(device)
         # Without the first, Inductor gives up channels-last at temporal convolutions that have fewer outputs
         # than inputs. CUDA graphs save 1,500 launches a step; with --accumulate a second batch would
         # overwrite the first one's gradients.
@@ -296,7 +297,7 @@ def load_batches(sampler: data.JointSampler, steps: range, my_batches: range, so
     batch_bytes = sum(source.per_gpu * math.prod(source.train.shape) for source in sources)
     keys = (sampler.batch(step, n) for step in steps for n in my_batches)
     options = {'batch_sampler': keys, 'collate_fn': data.collate}
-    return iter(distributed.loader(dataset, workers, batch_bytes, **options))
+    return iter(distributed.loader(dataset, workers, batch_bytes, len(my_batches), **options))
 
 
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -351,14 +352,13 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         best_top1, best_on = saved['best']
     wrapped = wrap(network, args, sources, device)  # `network` is saved and validated, `wrapped` is trained
 
-    # Of the batches that all processes have in a step, these are this one's.
-    my_batches = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)
-
+    my_batches = range(rank() * args.accumulate, (rank() + 1) * args.accumulate)  # of those of all processes
     computing = f'{device.type}, {precision} ({why}), {workers} workers'
     log.introduce(args, sources, sampler, computing, saved, step)
     del saved, given  # they hold copies of the weights
-    if args.demo and not args.resume and rank() == 0:  # a demo replaces an older one
-        checkpoint.start_over(logger.folder)
+    with together():
+        if args.demo and not args.resume and rank() == 0:  # a demo replaces an older one
+            checkpoint.start_over(logger.folder)
     guard = Guard(logger.folder, args.save_minutes, args.max_bad)
 
     def save(*names: str) -> None:

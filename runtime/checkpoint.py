@@ -4,10 +4,12 @@ from elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load
 
 import argparse
 import hashlib
+import io
 import math
 import os
 import re
 import socket
+import uuid
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -33,20 +35,23 @@ INPUT = {'size': int, 'clip_len': int, 'frame_interval': int}
 def write(state: dict, folder: Path, *names: str) -> None:
     """Write `state` under several names, in this order. Each is written beside, synced and renamed, so it is
     whole or absent whenever the process dies. Of the epochs only the last three stay. Raises OSError."""
-    beside = folder / 'checkpoint.tmp'
+    beside, content = folder / 'checkpoint.tmp', io.BytesIO()
+    torch.save(state, content)  # into a file, a full disk would raise whatever torch trips over
     try:
         for name in names:
             with writing(folder / name):
                 with open(beside, 'wb') as file:
-                    torch.save(state, file)
+                    file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(beside, folder / name)
     finally:
         beside.unlink(missing_ok=True)
-    epochs = [path for path in checkpoints_in(folder) if path.name.startswith('epoch_')]
-    for path in epochs[3:]:
-        path.unlink()
+    if names != ('latest.pth',):
+        epochs = [path for path in checkpoints_in(folder) if path.name.startswith('epoch_')]
+        for path in epochs[3:]:
+            if path.name not in names:  # as after going back to an earlier epoch
+                path.unlink()
     descriptor = os.open(folder, os.O_RDONLY)
     with suppress(OSError):  # some network mounts cannot sync a folder
         os.fsync(descriptor)
@@ -135,13 +140,13 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     if not url.startswith(('http://', 'https://')):
         return path
     name = re.split('[?#]', url)[0].rpartition('/')[2]
-    match = re.search(r'-([a-f0-9]{8,})\.', name)  # the first digits of its SHA-256, as torch.hub has them
+    match = re.search(r'-(?!20\d{6}\.)([a-f0-9]{8,})\.', name)  # of its SHA-256; a date does not count
     if not match:  # other addresses may end in the same name
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}'
     target = Path(torch.hub.get_dir(), 'checkpoints', name)
     if target.exists():
         return target
-    beside, timeout = target.with_name(f'{target.name}.{os.getpid()}.tmp'), socket.getdefaulttimeout()
+    beside, timeout = target.with_name(f'{target.name}.{uuid.uuid4().hex}.tmp'), socket.getdefaulttimeout()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # torch would wait forever
@@ -181,7 +186,8 @@ def read(path: str | os.PathLike) -> object:
                 stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
                 size = sum(entry.file_size for entry in entries)
                 # torch would read a compressed one, which could fill the memory, and wrong checksums
-                if not stored or size > os.path.getsize(path) or archive.testzip():
+                checked = any(entry.CRC for entry in entries)  # torch can be told to leave checksums out
+                if not stored or size > os.path.getsize(path) or (checked and archive.testzip()):
                     raise ValueError
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]):

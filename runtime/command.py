@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -132,11 +133,14 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
         for start in range(0, len(jobs), 64 * count):
             part = jobs[start : start + 64 * count]
             with pool_of(count) as pool:
-                futures = [pool.submit(attempt, function, job) for job in part]
-                for job, future in zip(part, futures):
+                futures = []
+                with suppress(BrokenProcessPool):  # a process can die before all are handed over
+                    for job in part:
+                        futures.append(pool.submit(attempt, function, job))
+                for job, future in zip_longest(part, futures):
                     try:
-                        reason = future.result()
-                    except BrokenProcessPool:  # a process has died; nobody knows whose job it had
+                        reason = future.result() if future else attempt_alone(function, job)
+                    except BrokenProcessPool:  # nobody knows whose job the process had
                         reason = attempt_alone(function, job)
                     bar.update()
                     if bar.disable and time.monotonic() > said + 60:  # no terminal: a line a minute

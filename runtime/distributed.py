@@ -288,10 +288,11 @@ def say(text: str = '', file: TextIO | None = None, everywhere: bool = False) ->
 # Loader workers -------------------------------------------------------------------------------------------
 
 
-def loader(dataset: Dataset, workers: int, batch_bytes: int, **options) -> DataLoader:
-    """A DataLoader whose workers leave stop signals to the main process and end with it."""
+def loader(dataset: Dataset, workers: int, batch_bytes: int, held: int = 1, **options) -> DataLoader:
+    """A DataLoader whose workers leave stop signals to the main process and end with it. The main process
+    uses `held` batches at a time."""
     with together():  # all processes of a machine measure before one of them fills it
-        check_shared_memory(batch_bytes, workers)
+        check_shared_memory(batch_bytes * (2 * workers + 2 * held), workers)
     if workers:
         # A worker that is forked while a thread of gloo lets go of what it has sent never starts in Python
         # before 3.10.15 and 3.11.10 (cpython issue 112275).
@@ -319,12 +320,12 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Raise UserError if /dev/shm is too small for the batches that this machine's workers prepare: two each,
-    and in each process one that is handed over and one in use."""
+def check_shared_memory(needed: int, workers: int) -> None:
+    """Raise UserError if /dev/shm is too small for the batches of all processes: two for each worker, and as
+    many as are in use and handed over."""
     if workers and os.path.exists('/dev/shm'):  # macOS has none
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
-        needed, free = (2 * workers + 2) * batch_bytes * processes, shutil.disk_usage('/dev/shm').free
+        needed, free = needed * processes, shutil.disk_usage('/dev/shm').free
         if free < needed:
             raise UserError(
                 f'/dev/shm has {free >> 20} MB free, the batches of {processes} x {workers} loader workers '

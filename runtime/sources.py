@@ -150,6 +150,8 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[Source], p
         for label, (was, new) in enumerate(both):
             if was != new:
                 raise ValueError(f'{path}: {name} label {label} was {was!r} there and is {new!r} now; {anew}')
+        if name not in saved['lists']:
+            raise ValueError(f'{path}: never learned from {name}s; {anew}')
         (old_paths, old_labels), (paths, labels) = saved['lists'][name][0], fingerprints(source)[0]
         if paths == old_paths and labels != old_labels:
             raise ValueError(f'{path}: the same {name}s have other labels now than when it was saved; {anew}')
@@ -264,9 +266,9 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
     out, hidden files aside."""
     found, left_out, unreadable = [], [], []
     for parent, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
-        here = Path(parent).resolve()
+        above = [Path(parent).resolve(), *(path.resolve() for path in Path(parent).parents)]
         for name in [*folders]:
-            in_a_circle = here.is_relative_to(Path(parent, name).resolve())
+            in_a_circle = Path(parent, name).resolve() in above
             if in_a_circle or name.startswith(SYSTEM):
                 folders.remove(name)
                 left_out.append(os.path.join(parent, name))

@@ -83,6 +83,14 @@ def test_unfinished_files_are_replaced_and_epochs_kept_to_three(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'my.pth.tmp', 'epoch_1_mine.pth', *written}
 
 
+def test_what_was_just_written_stays_after_going_back(tmp_path):
+    checkpoint.write({'model': {}}, tmp_path, 'epoch_12.pth', 'epoch_16.pth', 'epoch_20.pth')
+    checkpoint.write({'model': {}}, tmp_path, 'epoch_8.pth', 'latest.pth')
+    assert len([*tmp_path.glob('epoch_*.pth')]) == 4
+    checkpoint.write({'model': {}}, tmp_path, 'latest.pth')  # saved every ten minutes, it removes nothing
+    assert len([*tmp_path.glob('epoch_*.pth')]) == 4
+
+
 def test_each_file_has_to_be_synced_and_their_folder_if_it_can_be(tmp_path, monkeypatch):
     def sync(descriptor):
         folders.append(os.path.isdir(f'/dev/fd/{descriptor}'))

@@ -65,10 +65,10 @@ def test_shared_memory_counts_the_batches_of_all_processes_of_a_machine(monkeypa
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
     disk = SimpleNamespace(free=8 * 34 * 32 * 10**6)
     monkeypatch.setattr(distributed.shutil, 'disk_usage', lambda path: disk)
-    distributed.check_shared_memory(32 * 10**6, 16)
+    distributed.check_shared_memory(34 * 32 * 10**6, 16)
     distributed.check_shared_memory(10**12, 0)
     with pytest.raises(distributed.UserError, match='8300 MB free, .* 8 x 16 .* 8560 MB: .*=9g'):
-        distributed.check_shared_memory(33 * 10**6, 16)
+        distributed.check_shared_memory(34 * 33 * 10**6, 16)
 
 
 def test_compiling_without_a_compiler_is_refused_before_the_first_step(demo):
