@@ -206,8 +206,7 @@ def train_step(
     the dropout of each batch; nothing else here is random. `step` counts from 0 through the run.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
-    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed. (Spoiled
-    running statistics are not saved: `Log.check` comes before.)
+    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
     """
     set_momentum(network, step)
     statistics = running_statistics(network)
@@ -237,17 +236,15 @@ def train_step(
         for source in batch:
             results[-1][f'{source}_loss'] = losses[source].detach()
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
-
     if accumulating:
         torch._foreach_copy_(statistics, averaged)
     # The same as once an epoch, as the reference does it, because a moving average is linear.
     distributed.average(statistics)
-
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
     if precision != 'fp16':
-        # GradScaler's protocol: a fused optimizer skips its update where this is 1. Asking for the norm
-        # instead would wait for the GPU. In fp16 the scaler sets it.
+        # By GradScaler's protocol a fused optimizer skips its update where this is 1, without waiting for
+        # the GPU. In fp16 the scaler sets it.
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
