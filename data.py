@@ -392,7 +392,7 @@ class JointSampler:
             needed = ' x '.join(str(n) for n in (batches, per_gpu[self.first]) if n > 1)
             raise ValueError(
                 f'{sizes[self.first]} training {self.first}s are too few for a step of {needed}; lower '
-                f'--{self.first}s-per-gpu'
+                f'--{self.first}s-per-gpu or --accumulate'
             )
 
     def batch(self, step: int, micro: int = 0) -> list[tuple[str, int, int]]:

@@ -70,6 +70,7 @@ def start_over(folder: Path) -> None:
     """Remove what a demo has left in its folder. Without its checkpoints nothing is known to be a demo's."""
     checkpoints = checkpoints_in(folder)
     if checkpoints:
+        say(f'replacing the older demo in {folder}')
         for path in [*checkpoints, folder / 'bad_samples.txt']:
             path.unlink(missing_ok=True)
         os.truncate(folder / 'log.jsonl', 0)

@@ -181,7 +181,7 @@ def introduce(
     say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
     say('top-1 in training is of augmented crops, with dropout: expect more in validation')
     times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]
-    if times > 2 and sources[0].name == 'video' and not (args.demo or args.auto_scale_lr):
+    if times > 2 and sources[0].name == 'video' and not (args.demo or args.auto_scale_lr or args.init):
         line = f"the learning rate is {times:.1f} times the recipe's for so many videos a step"
         say(f'{line}; --auto-scale-lr makes it the same')
     if args.freeze:

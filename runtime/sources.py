@@ -78,6 +78,8 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
             )
         val_files = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
         val_set = kind(val_files, 'val', **options)
+        if os.path.isdir(list_file) and not label_map and not os.path.isdir(val_list):
+            say(f'{val_list}: taking label 0 as {labels[0]!r} and so on, in the order of the class folders')
     return Source(name, labels, classes, train_set, val_set, per_gpu)
 
 
@@ -202,7 +204,7 @@ def read_list(
         match = LINE.fullmatch(text)
         found = [int(number) for number in re.findall(r'-?\d+', match[2])] if match else []
         numbers.append(found)
-        if len(found) not in counts or len(found) != len(numbers[0]):
+        if len(found) not in counts or len(found) != len(numbers[0]) or text.startswith('"'):
             raise ValueError(f'{list_file}:{line}: expected {form}; found {text[:100]!r}')
         path, label = match[1], found[-1]
         if label < 0 or num_classes and label >= num_classes:
@@ -291,7 +293,10 @@ def read_label_map(path: str) -> list[str]:
     them. Raises ValueError for anything else.
     """
     wanted = 'expected one class name a line, or "name index" on every line, counted from 0'
-    rows = [text for _, text in read_lines(path)]
+    lines = dict(read_lines(path))
+    rows = [*lines.values()]
+    if [*lines] != [*range(1, len(rows) + 1)]:
+        raise ValueError(f'{path}: an empty line stands among the class names')
     if not rows or rows[0].startswith(('{', '["', '#')) or rows[0] == '[':
         raise ValueError(f'{path}: no list of class names; {wanted}')
     for order in (r'(?P<name>.+?)[\s,]+(?P<index>\d+)', r'(?P<index>\d+)[\s,]+(?P<name>.+)'):

@@ -120,6 +120,7 @@ def test_label_maps(tmp_path, content, expected):
         ('crane 1\nox 0\ncrane 2\n', 'its lines are not numbered'),
         ('jump\nrun\njump\n', "'jump' stands there twice"),
         ('\n', 'no list of class names'),
+        ('jump\n\nrun\n', 'an empty line stands among'),
     ],
 )
 def test_other_label_maps_are_refused(tmp_path, content, message):
@@ -206,3 +207,14 @@ def test_class_folders_are_not_guessed_to_be_a_lists_labels(tmp_path, monkeypatc
     (tmp_path / 'names.txt').write_text('b\na\n')
     (source,) = open_sources(f'{options} --image-labels names.txt')
     assert source.val.files.labels.tolist() == [1, 0]
+
+
+def test_a_list_beside_class_folders_says_how_its_labels_are_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / 'train', '1/1.jpg', '2/1.jpg')
+    (tmp_path / 'val.txt').write_text('train/1/1.jpg 1\n')  # perhaps meant as the class '1'
+    open_sources('--image-only --image-list train --image-val-list val.txt --image-val-root .')
+    assert (
+        "val.txt: taking label 0 as '1' and so on, in the order of the class folders\n"
+        in capsys.readouterr().out
+    )
