@@ -125,11 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--deterministic', 'repeatable on a GPU too, but slower', action='store_true')
     add('--precision', 'default: bf16 if the GPU has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
-    add(
-        '--workers',
-        'loader processes; default: its share of the cores, up to 16',
-        type=command.number(int, 0),
-    )
+    add('--workers', 'loader processes; default: its share of the cores, up to 16', type=from_0)
     add('--no-validate', 'do not measure on the validation lists', action='store_true')
     add('--val-interval', 'epochs between validations and kept checkpoints', type=count, default=4)
     add('--save-minutes', 'minutes between saves of latest.pth', type=above_0, default=10)
