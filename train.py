@@ -405,7 +405,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # in this order: resuming tries latest.pth first
         if milestone:
             batches = None  # next come fresh workers, because decoding leaves a little memory in use
-            save('latest.pth')  # so that a failed validation loses nothing
+            if any(source.val is not None for source in sources):
+                save('latest.pth')  # so that a failed validation loses nothing
             result = evaluate.validate(network, sources, precision, workers)
             if result:
                 logger.validation(result)
