@@ -9,7 +9,6 @@ seeded by its purpose, so a sample looks the same whichever worker makes it, bef
 
 import math
 import os
-import warnings
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from runtime.images import open_image, to_tensor, upright
 from video import VideoReader
 
 Rng = np.random.Generator
@@ -76,7 +76,7 @@ class FileDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def generator(self, what: str, nth_pass: int, index: int) -> Rng:
+    def rng_for(self, what: str, nth_pass: int, index: int) -> Rng:
         """The generator for a training sample's random choices."""
         return generator(f'{type(self).__name__} {what}', self.seed, nth_pass, index)
 
@@ -86,11 +86,11 @@ class FileDataset(Dataset):
         if self.mode != 'train':
             return self.read(key, None, [])
         nth_pass, index = key
-        replacements = self.generator('replacements', nth_pass, index)
+        replacements = self.rng_for('replacements', nth_pass, index)
         bad = []
         while True:
             # A replacement is augmented like the one that it replaces: by the key, not by its own index.
-            sample = self.read(index, self.generator('augmentation', *key), bad)
+            sample = self.read(index, self.rng_for('augmentation', *key), bad)
             if sample.pixels is not None or len(bad) > 10:
                 return sample
             index = int(replacements.integers(len(self)))
@@ -212,37 +212,6 @@ class ImageDataset(FileDataset):
         if self.flip and rng.random() < 0.5:
             pixels = pixels.flip(-1)
         return pixels
-
-
-def open_image(path: str) -> Image.Image:
-    """A picture whose pixels are not decoded yet. Raises what Pillow raises, or ValueError."""
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait forever
-        raise ValueError('not a regular file')
-    warnings.filterwarnings('ignore', module='PIL')  # odd metadata, and pictures of 90 to 180 megapixels
-    image = Image.open(path)
-    image.filename = ''  # with a name, Pillow 11 to 13 would map a bare TIFF with its sides swapped
-    if image.format == 'EPS':  # Pillow would hand it to another program to draw
-        raise ValueError('EPS is a drawing, not a picture')
-    return image
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """An opened picture, decoded, rotated as its metadata says, in 8 bits. A second call changes nothing.
-    Raises ValueError for 32-bit grey, whose white is unknown; a damaged file can raise any Exception."""
-    image.load()
-    with suppress(Exception):  # as above
-        ImageOps.exif_transpose(image, in_place=True)  # to spare a copy
-    if image.mode == 'F' or (image.mode == 'I' and image.format not in ('PNG', 'PPM')):
-        raise ValueError('32-bit grey, whose white is unknown; save it as 16-bit')
-    if image.mode.startswith('I'):  # over 8 bits of grey, which convert() would clip at 255
-        bits = image.tag_v2[ExifTags.Base.BitsPerSample][0] if image.format == 'TIFF' else 16
-        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
-    return image
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An 8-bit picture of any kind -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
 
 
 def one_line(error: Exception) -> str:
@@ -374,8 +343,8 @@ class JointSampler:
     (source, pass, index) for `JointDataset`.
 
     Each source is a stream: pass after pass over its samples, in an order that follows from (source, seed,
-    pass). A step has `batches` batches, processes times --accumulate, each with the next `per_gpu` samples of
-    every source. So 8 processes draw what one process with `--accumulate 8` draws.
+    pass). A step has `num_batches` batches, processes times --accumulate, each with the next `per_gpu`
+    samples of every source. So 8 processes draw what one process with `--accumulate 8` draws.
 
     An epoch is one pass over the first source; an incomplete last step is dropped. The other streams run on
     from epoch to epoch, and start over when they end. Every batch has all sources, because a DataLoader hands
@@ -383,13 +352,13 @@ class JointSampler:
     leave all the videos to half of them.
     """
 
-    def __init__(self, sizes: dict[str, int], per_gpu: dict[str, int], batches: int = 1, seed: int = 0):
+    def __init__(self, sizes: dict[str, int], per_gpu: dict[str, int], num_batches: int = 1, seed: int = 0):
         self.sizes, self.per_gpu, self.seed, self.first = sizes, per_gpu, seed, next(iter(sizes))
-        self.per_step = {source: count * batches for source, count in per_gpu.items()}
+        self.per_step = {source: count * num_batches for source, count in per_gpu.items()}
         self.steps_per_epoch = sizes[self.first] // self.per_step[self.first]
         self.orders = {source: (-1, None) for source in sizes}  # (pass, its order), the last one made
         if not self.steps_per_epoch:
-            needed = ' x '.join(str(n) for n in (batches, per_gpu[self.first]) if n > 1)
+            needed = ' x '.join(str(n) for n in (num_batches, per_gpu[self.first]) if n > 1)
             raise ValueError(
                 f'{sizes[self.first]} training {self.first}s are too few for a step of {needed}; lower '
                 f'--{self.first}s-per-gpu or --accumulate'

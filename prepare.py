@@ -26,6 +26,7 @@ import data
 from runtime import sources
 from runtime.command import Parser, check_writable, draw_rows, in_parallel, number
 from runtime.distributed import about_file, locked, open_outputs, say
+from runtime.images import open_image, to_tensor, upright
 from video import VideoReader, local
 
 # check: what training and evaluation cannot read ----------------------------------------------------------
@@ -144,7 +145,7 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
     os.makedirs(os.path.dirname(target), exist_ok=True)
     part, as_image = f'{target}.part', sources.is_image(source)
     if as_image:
-        with data.open_image(source) as image:
+        with open_image(source) as image:
             small = min(image.size) <= short_side
     else:
         with VideoReader(source) as video:
@@ -163,8 +164,8 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
 
 def encode_image(source: str, target: str, short_side: int) -> None:
     """Write a JPEG of quality 90, upright."""
-    with data.open_image(source) as image:
-        image = data.upright(image).convert('RGB')
+    with open_image(source) as image:
+        image = upright(image).convert('RGB')
     height, width = data.short_side_to(short_side, image.height, image.width)
     image.resize((width, height), Image.Resampling.BICUBIC).save(target, 'JPEG', quality=90)
 
@@ -230,12 +231,12 @@ def show(args: argparse.Namespace) -> None:
                 raise ValueError(f'{list_file}: 11 samples in a row are unreadable')
             if source == 'video':
                 with VideoReader(sample.path) as video:  # the same clip, by the same random numbers
-                    rng = dataset.generator('augmentation', 0, index)
+                    rng = dataset.rng_for('augmentation', 0, index)
                     frames = video.get_batch(data.sample_frames(len(video), **clip, rng=rng)[0])
                 rows += [torch.from_numpy(frames).permute(0, 3, 1, 2), sample.pixels.transpose(0, 1)]
             else:
-                with data.open_image(sample.path) as image:
-                    rows += [data.to_tensor(data.upright(image))[None], sample.pixels[None]]
+                with open_image(sample.path) as image:
+                    rows += [to_tensor(upright(image))[None], sample.pixels[None]]
             instead = f', in place of {sample.bad[0]}' if sample.bad else ''
             titles += [f'{sample.path} (label {sample.label}), as read{instead}', 'as fed']
     draw_rows(args.out, rows, titles, args.size)

@@ -372,16 +372,16 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
                 checkpoint.write(state, logger.folder, *names)
 
     # 4. The loop. Saving and stopping are asked for in one place, before each step.
-    batches = None
+    upcoming = None
     while epoch < args.epochs:
         end = (epoch + 1) * steps_per_epoch
         logger.begin(epoch, args.epochs, step, end)
-        if batches is None:
+        if upcoming is None:
             steps = range(step, args.epochs * steps_per_epoch)
-            batches = load_batches(sampler, steps, my_batches, sources, workers)
+            upcoming = load_batches(sampler, steps, my_batches, sources, workers)
         while step < end:
             with logger.waiting():
-                drawn = [next(batches) for _ in my_batches]
+                drawn = [next(upcoming) for _ in my_batches]
             save_now, stop = guard.ask(drawn, epoch)  # all processes together, once a step
             if save_now or stop:
                 logger.check()
@@ -404,7 +404,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         milestone = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
         names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # in this order: resuming tries latest.pth first
         if milestone:
-            batches = None  # next come fresh workers, because decoding leaves a little memory in use
+            upcoming = None  # next come fresh workers, because decoding leaves a little memory in use
             if any(source.val is not None for source in sources):
                 save('latest.pth')  # so that a failed validation loses nothing
             result = evaluate.validate(network, sources, precision, workers)

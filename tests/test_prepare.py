@@ -455,7 +455,7 @@ def test_show_draws_what_is_read_and_what_is_fed(demo, monkeypatch, capsys):
     images = sources.read_list('data/demo/image_train.txt', 'data/demo/images_train')
     dataset = data.VideoDataset(videos, size=64)
     with VideoReader(videos.path(0)) as video:
-        first = data.sample_frames(len(video), rng=dataset.generator('augmentation', 0, 0))[0, :1]
+        first = data.sample_frames(len(video), rng=dataset.rng_for('augmentation', 0, 0))[0, :1]
         read = torch.from_numpy(video.get_batch(first)[0]).permute(2, 0, 1)
     photo, fed = data.to_tensor(Image.open(images.path(0))), data.ImageDataset(images, size=64)[0, 0].pixels
     places = [place('seen.png', pixels) for pixels in (read, dataset[0, 0].pixels[:, 0], photo, fed)]
