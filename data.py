@@ -10,18 +10,17 @@ seeded by its purpose, so a sample looks the same whichever worker makes it, bef
 import math
 import os
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from runtime.images import open_image, to_tensor, upright
+from runtime.images import open_image, size_upright, to_tensor, upright
 from video import VideoReader
 
 Rng = np.random.Generator
@@ -67,6 +66,7 @@ class FileDataset(Dataset):
     size: int = 224  # side of the crop
     seed: int = 0
     flip: bool = True
+    min_area: float = 0.08  # of a training crop, as a share of the picture
 
     @property
     def short_side(self) -> int:
@@ -141,7 +141,7 @@ class VideoDataset(FileDataset):
         crops = []
         for _, frame in video.frames(wanted):  # each once, in ascending order
             if not crops:
-                top, left, height, width = crop_box(*frame.shape[:2], rng)
+                top, left, height, width = crop_box(*frame.shape[:2], rng, self.min_area)
             crop = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)[None]
             if frame.nbytes > 6_000_000:  # 1080p and more; eight frames of 4K would take 200 MB
                 crop = resize(crop, self.size, self.size)
@@ -195,13 +195,8 @@ class ImageDataset(FileDataset):
 
     def training_crop(self, image: Image.Image, rng: Rng) -> Tensor:
         """A random crop of an opened picture, perhaps mirrored, (3, size, size)."""
-        if image.format not in ('JPEG', 'MPO'):  # metadata may come last, or change the size
-            image = upright(image)
-        width, height = image.size
-        with suppress(Exception):  # broken metadata can raise anything; the picture may be sound
-            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
-                width, height = height, width
-        top, left, h, w = crop_box(height, width, rng)
+        height, width = size_upright(image)
+        top, left, h, w = crop_box(height, width, rng, self.min_area)
         # libjpeg decodes a JPEG far larger than needed at a half, a quarter or an eighth of its size.
         scale = self.size / min(h, w)
         image.draft('RGB', [math.ceil(side * scale) for side in image.size])
@@ -242,11 +237,11 @@ def sample_frames(
     return (starts.astype(np.int64)[:, None] + np.arange(clip_len) * frame_interval) % num_frames
 
 
-def crop_box(height: int, width: int, rng: Rng) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop: 0.08 to 1 of the area, a ratio of 3/4 to 4/3. If ten
+def crop_box(height: int, width: int, rng: Rng, min_area: float = 0.08) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop: `min_area` to 1 of the area, a ratio of 3/4 to 4/3. If ten
     tries do not fit, it is the centre square, as in MMAction2."""
     for _ in range(10):
-        area = rng.uniform(0.08, 1) * height * width
+        area = rng.uniform(min_area, 1) * height * width
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         h, w = max(round(math.sqrt(area / ratio)), 1), max(round(math.sqrt(area * ratio)), 1)
         if h <= height and w <= width:

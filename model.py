@@ -129,6 +129,8 @@ class OmniSlowOnly(nn.Module):
         video_classes, image_classes: sizes of the two heads; 0 leaves that head out.
         layers: bottleneck blocks of the four stages; (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101.
         width: channels of the stem; the features have 32 times as many.
+        hidden: units of the video head's hidden layer, 0 for a single linear layer. The default is the
+            published 2 * video_classes, but 0 below 200 classes: few units would be a bottleneck.
 
     Input is uint8, or float in the same range 0..255. It is normalized here, so that nobody can forget to;
     with `model.normalize = False` it must be normalized already. Weights are initialized by PyTorch's
@@ -144,6 +146,7 @@ class OmniSlowOnly(nn.Module):
         image_classes: int = 1000,
         layers: tuple[int, ...] = (3, 4, 6, 3),
         width: int = 64,
+        hidden: int | None = None,
     ):
         super().__init__()
         self.normalize = True
@@ -166,14 +169,18 @@ class OmniSlowOnly(nn.Module):
             self.image_head = nn.Sequential(
                 nn.BatchNorm1d(features), nn.Dropout(0.2), nn.Linear(features, image_classes)
             )
-        if video_classes:
+        if hidden is None:
+            hidden = 2 * video_classes if video_classes >= 200 else 0
+        if video_classes and hidden:
             self.video_head = nn.Sequential(
-                nn.Linear(features, 2 * video_classes),
-                nn.BatchNorm1d(2 * video_classes),
+                nn.Linear(features, hidden),
+                nn.BatchNorm1d(hidden),
                 nn.ReLU(inplace=True),
                 nn.Dropout(0.5),
-                nn.Linear(2 * video_classes, video_classes),
+                nn.Linear(hidden, video_classes),
             )
+        elif video_classes:
+            self.video_head = nn.Sequential(nn.Linear(features, video_classes))
         self.to(memory_format=torch.channels_last)  # what makes `TemporalConv` views free of copies
 
     @staticmethod
@@ -187,8 +194,10 @@ class OmniSlowOnly(nn.Module):
         stages = [{key.split('.')[1] for key in state if key.startswith(f'layer{i}.')} for i in range(1, 5)]
         if not all(stages) or not {'conv1.weight', 'layer1.0.conv3.weight'} <= state.keys():
             raise ValueError('not weights of a SlowOnly or another ResNet with bottlenecks')
+        video_head = [x for key, x in state.items() if key.startswith('video_head.') and x.ndim == 2]
         return {
-            'video_classes': len(state.get('video_head.4.weight', ())),
+            'video_classes': len(video_head[-1]) if video_head else 0,
+            'hidden': len(video_head[0]) if len(video_head) == 2 else 0,
             'image_classes': len(state.get('image_head.2.weight', ())),
             'layers': [len(blocks) for blocks in stages],
             'width': len(state['conv1.weight']),

@@ -16,7 +16,6 @@ import argparse
 import math
 import os
 import shlex
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -59,24 +58,13 @@ DEMO = {
 }
 
 
-def flag_adder(parser: argparse.ArgumentParser, title: str) -> Callable:
-    """A function that adds a flag to a group of its own in the help."""
-    group = parser.add_argument_group(title)
-
-    def add(flag: str, reason: str, **options) -> None:
-        if 'default' in options:
-            reason += ' (default: %(default)s)'
-        group.add_argument(flag, help=reason, **options)
-
-    return add
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
     count, above_0 = command.number(int, 1), command.number(float, 0, above=True)
     from_0, share = command.number(int, 0), command.number(float, 0, 1)
+    area = command.number(float, 0, 1, above=True)
 
-    add = flag_adder(parser, 'data')
+    add = parser.flags('data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
     kinetics, imagenet = 'data/kinetics400', 'data/imagenet'
     list_help = 'lines of "path label", or a folder of class folders'
@@ -93,14 +81,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--video-labels', 'class names, one per line; default: those of the class folders, else numbers')
     add('--image-labels', 'the same for images')
 
-    add = flag_adder(parser, 'network')
+    add = parser.flags('network')
     add('--layers', 'blocks per stage; the default is ResNet-50', type=count, nargs=4, default=[3, 4, 6, 3])
     add('--width', 'channels of the stem', type=count, default=64)
     add('--clip-len', 'frames of a clip', type=count, default=8)
     add('--frame-interval', 'from one frame to the next; 8 x 8 spans 2 seconds', type=count, default=8)
     add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=count, default=224)
 
-    add = flag_adder(parser, 'recipe')
+    add = parser.flags('recipe')
     add('--epochs', 'many, because everything is learned from scratch', type=count, default=256)
     add('--warmup-epochs', 'default: in proportion, 34 of 256', type=from_0)
     add('--videos-per-gpu', 'videos in a batch of each process', type=count, default=16)
@@ -113,12 +101,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
+    add('--min-area', 'smallest crop; 0.08 of a clip can miss a small action', type=area, default=0.08)
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
     add('--freeze', 'train only the heads; the rest stays as in --init', action='store_true')
 
-    add = flag_adder(parser, 'run')
+    add = parser.flags('run')
     add('--work-dir', 'checkpoints and logs', default='work_dirs/omni')
     add('--resume', 'go on with the run in the work folder, if there is one', action='store_true')
     add('--seed', 'determines the whole run', type=command.number(int, 0, 2**63), default=0)
@@ -317,10 +306,10 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
     # 2. The network with its first weights: random ones, a checkpoint's, or those that a flag names.
     torch.manual_seed(args.seed)
-    classes = {'video_classes': 0, 'image_classes': 0}
-    for source in sources:
-        classes[f'{source.name}_classes'] = source.classes
-    network = OmniSlowOnly(**classes, layers=args.layers, width=args.width).to(device)
+    classes = {f'{source.name}_classes': source.classes for source in sources}
+    classes = {'video_classes': 0, 'image_classes': 0} | classes
+    hidden = checkpoint.size_of(saved['model'], path)['hidden'] if saved else None
+    network = OmniSlowOnly(**classes, layers=args.layers, width=args.width, hidden=hidden).to(device)
     with together():
         if saved:
             checkpoint.load_into(network, saved['model'], path)
@@ -436,12 +425,10 @@ def main(argv: list[str] | None = None) -> nn.Module:
         network = train(args, device)
         ckpt = f'--ckpt {shlex.quote(args.work_dir)}/latest.pth'
         if args.demo and not args.no_validate:
-            tests = [f'{ckpt} --images'] if args.image_only else [ckpt]
-            if not (args.image_only or args.video_only):
-                tests.append(f'{ckpt} --images')
-            for line in tests:
-                say(f'\nevaluate.py {line}')
-                evaluate.run(evaluate.parse_args(shlex.split(line)), device)
+            for kind, flag in (('video', ''), ('image', ' --images')):
+                if network.head(kind) is not None:
+                    say(f'\nevaluate.py {ckpt}{flag}')
+                    evaluate.run(evaluate.parse_args(shlex.split(ckpt + flag)), device)
         example = 'YOUR_FILE'
         if args.demo:
             example = f'{args.image_val_root}/dots_000.jpg'

@@ -293,9 +293,10 @@ def first_weights(
     new = [source.name for source in sources]
     if given:
         path = args.init if args.init else args.init_2d
-        classes = size_of(given['model'], path)
         for source in sources:
-            alike = classes[f'{source.name}_classes'] == source.classes
+            head, alike = network.head(source.name).state_dict(prefix=f'{source.name}_head.'), True
+            for key, value in head.items():
+                alike = alike and key in given['model'] and given['model'][key].shape == value.shape
             if args.init and alike and given.get(f'{source.name}_labels') == source.labels:
                 new.remove(source.name)
         network.load_state_dict(matching(network, given['model'], path, new), strict=False)
@@ -354,6 +355,7 @@ HEAD_NAMES = {
     'cls_head.fc3d.2.': 'video_head.0.',
     'cls_head.fc3d.3.': 'video_head.1.',
     'cls_head.fc3d.6.': 'video_head.4.',
+    'cls_head.fc_cls.': 'video_head.0.',  # a single linear layer
 }
 # What DDP, torch.compile and Lightning put before names, and then MMAction2
 PREFIXES = re.compile(r'((module|_orig_mod|model)\.)*(backbone\.)?')
@@ -383,6 +385,8 @@ def to_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if 'image_running_' in key:
             continue
+        if 'video_head.4.weight' not in state_dict:
+            key = key.replace('video_head.0.', 'cls_head.fc_cls.')
         for their_head, our_head in HEAD_NAMES.items():
             key = key.replace(our_head, their_head)
         if not key.startswith('cls_head.'):

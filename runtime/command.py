@@ -58,6 +58,17 @@ class Parser(argparse.ArgumentParser):
         layout = {'formatter_class': argparse.RawDescriptionHelpFormatter}
         super().__init__(description=description, epilog=epilog, **layout, **options)
 
+    def flags(self, title: str) -> Callable:
+        """A function that adds a flag, with a line of help, to a group of its own."""
+        group = self.add_argument_group(title)
+
+        def add(flag: str, reason: str, **options) -> None:
+            if 'default' in options:
+                reason += ' (default: %(default)s)'
+            group.add_argument(flag, help=reason, **options)
+
+        return add
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: {message} (--help lists all flags)\n')
 

@@ -230,8 +230,7 @@ class Bits:
         """The last of `count` Exp-Golomb codes: n zeros, then the number plus 1 in n + 1 bits."""
         for _ in range(count):
             zeros = self.left - self.number.bit_length()
-            self.take(zeros)
-            number = self.take(zeros + 1) - 1
+            number = self.take(2 * zeros + 1) - 1
         return number
 
 

@@ -36,6 +36,17 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
+def size_upright(image: Image.Image) -> tuple[int, int]:
+    """The height and width that an opened picture has upright. A JPEG is not decoded for that."""
+    if image.format not in ('JPEG', 'MPO'):  # metadata may come last, or change the size
+        image = upright(image)
+    width, height = image.size
+    with suppress(Exception):  # as above
+        if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+            return width, height
+    return height, width
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An 8-bit picture of any kind -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)

@@ -69,7 +69,8 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
     if videos:
         options |= {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
     kind = data.VideoDataset if videos else data.ImageDataset
-    train_set, val_set = kind(files, 'train', seed=args.seed, flip=not args.no_flip, **options), None
+    augmentation = {'seed': args.seed, 'flip': not args.no_flip, 'min_area': args.min_area}
+    train_set, val_set = kind(files, 'train', **augmentation, **options), None
     if val_list and not args.no_validate:
         if not labels and os.path.isdir(val_list):
             raise ValueError(

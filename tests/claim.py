@@ -195,7 +195,8 @@ def top1(network: OmniSlowOnly, source: str, seed: int) -> float:
 
 def new_network(seed: int, videos: bool = True, images: bool = True) -> OmniSlowOnly:
     torch.manual_seed(seed)
-    return OmniSlowOnly(videos * len(PAIRS), images * len(SEEN), **NETWORK)
+    hidden = 2 * len(PAIRS)  # as published
+    return OmniSlowOnly(videos * len(PAIRS), images * len(SEEN), hidden=hidden, **NETWORK)
 
 
 def image_network(folder: Path, job: Job) -> OmniSlowOnly:

@@ -286,8 +286,8 @@ def init(network, saved, path, image_labels=None, flag='init'):
     """What --init, or another flag, does at the start of a long run."""
     args = argparse.Namespace(**{'init': None, 'init_2d': None, 'epochs': 1000} | {flag: path})
     sources = [
-        argparse.Namespace(name='video', classes=len(network.video_head[4].bias), labels=None),
-        argparse.Namespace(name='image', classes=len(network.image_head[2].bias), labels=image_labels),
+        argparse.Namespace(name='video', classes=len(network.video_head[-1].bias), labels=None),
+        argparse.Namespace(name='image', classes=len(network.image_head[-1].bias), labels=image_labels),
     ]
     checkpoint.first_weights(network, args, saved, sources, 1)
 
@@ -349,7 +349,7 @@ def test_2d_weights_are_inflated():
         torch.testing.assert_close(network.features(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_backbone_of_a_plain_slowonly_is_taken(backbone):
+def test_a_plain_slowonly_is_taken_with_its_head(backbone):
     """MMAction2's network with one linear layer as its head."""
     theirs = {'cls_head.fc_cls.weight': torch.ones(5, 256), 'cls_head.fc_cls.bias': torch.ones(5)}
     for key, value in checkpoint.to_mmaction2(backbone).items():
@@ -361,6 +361,8 @@ def test_the_backbone_of_a_plain_slowonly_is_taken(backbone):
     own = network.state_dict()
     assert all(torch.equal(own[key], value) for key, value in backbone.items())
     assert checkpoint.images_share_statistics(own)
+    head = checkpoint.to_mmaction2(own)
+    assert all(torch.equal(head[key], value) for key, value in theirs.items() if 'fc_cls' in key)
 
 
 def test_sizes_that_a_command_leaves_open_are_the_checkpoint_s(tmp_path, trained, backbone):

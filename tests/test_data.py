@@ -92,6 +92,8 @@ def test_random_crops_have_the_recipe_s_distribution(monkeypatch, height, width)
     areas, ratios = np.array(found)[:, :2].T
     assert 0.07 < areas.min() < 0.11 and 0.7 < ratios.min() < 0.78 and 1.28 < ratios.max() < 1.42
     assert 0.4 < mirrored / 800 < 0.6
+    boxes = [data.crop_box(height, width, data.generator('test', i), min_area=0.4) for i in range(200)]
+    assert 0.39 < min(h * w / (height * width) for *_, h, w in boxes) < 0.5
 
 
 @pytest.fixture

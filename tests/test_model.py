@@ -158,8 +158,22 @@ def test_each_source_has_its_own_running_statistics():
     assert 'bn1.running_mean' in moved and not any('image' in key for key in moved)
 
 
+def test_few_classes_have_one_linear_layer_and_many_the_published_head():
+    for kwargs, shapes in (
+        ({}, [(400, 800)]),
+        ({'video_classes': 6}, []),
+        ({'video_classes': 6, 'hidden': 12}, [(6, 12)]),  # a checkpoint from before the rule
+        ({'video_classes': 0}, []),
+    ):
+        network = OmniSlowOnly(**{'layers': (1, 1, 1, 1), 'width': 4, **kwargs})
+        state = network.state_dict()
+        assert [tuple(v.shape) for k, v in state.items() if k == 'video_head.4.weight'] == shapes
+        again = OmniSlowOnly(**OmniSlowOnly.size_of(state))
+        assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in state.items()}
+
+
 def test_what_is_frozen_stays_as_it_is():
-    network, (clips, images) = OmniSlowOnly(5, 6, **SMALL), inputs()
+    network, (clips, images) = OmniSlowOnly(5, 6, hidden=10, **SMALL), inputs()
     network.freeze_trunk()
     assert not any(module.training for module in (network.bn1, *network.layer3.modules()))
     assert network.video_head.training and network.image_head[0].training
