@@ -41,7 +41,7 @@ DEMO = {
     'layers': [1, 1, 1, 1],
     'width': 16,
     'size': 56,
-    'epochs': 20,
+    'epochs': 12,
     'images_per_gpu': 24,
     'lr': 0.05,
     'clip_norm': 1.0,

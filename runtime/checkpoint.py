@@ -303,9 +303,10 @@ def first_weights(
         say(f'starting from {path}; new heads: {", ".join(new) if new else "none"}')
     elif args.freeze:
         raise ValueError('--freeze needs trained weights: name them with --init or --init-2d')
-    steps, enough = args.epochs * steps_per_epoch, math.ceil(300 / steps_per_epoch)
-    if new and steps < 300:
-        say(f'{steps} steps are few for what learns from nothing; --epochs {enough} makes 300')
+    steps, wanted = args.epochs * steps_per_epoch, 300 if given or args.demo else 1000
+    if new and steps < wanted:
+        enough = math.ceil(wanted / steps_per_epoch)
+        say(f'{steps} steps are few for what learns from nothing; --epochs {enough} makes {wanted}')
 
 
 def matching(network: nn.Module, state: dict[str, Tensor], path: str, new: list[str]) -> dict[str, Tensor]:

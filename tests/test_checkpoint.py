@@ -284,7 +284,7 @@ def test_which_weights_of_a_file_are_taken(tmp_path, trained, capsys):
 
 def init(network, saved, path, image_labels=None, flag='init'):
     """What --init, or another flag, does at the start of a long run."""
-    args = argparse.Namespace(**{'init': None, 'init_2d': None, 'epochs': 1000} | {flag: path})
+    args = argparse.Namespace(**{'init': None, 'init_2d': None, 'epochs': 1000, 'demo': False} | {flag: path})
     sources = [
         argparse.Namespace(name='video', classes=len(network.video_head[-1].bias), labels=None),
         argparse.Namespace(name='image', classes=len(network.image_head[-1].bias), labels=image_labels),
