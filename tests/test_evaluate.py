@@ -8,7 +8,6 @@ import pickle
 import re
 import resource
 import signal
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -348,10 +347,10 @@ def recipe(name):
 
 
 def test_the_plot_is_of_the_logged_losses():
-    pyplot = mock.Mock()
-    with mock.patch.dict(sys.modules, {'matplotlib': mock.Mock(pyplot=pyplot), 'matplotlib.pyplot': pyplot}):
+    plt = mock.Mock()
+    with mock.patch.dict('sys.modules', {'matplotlib': mock.Mock(pyplot=plt), 'matplotlib.pyplot': plt}):
         exec(recipe('plot'), {'open': lambda path: ['{"loss": 2.5}', '{"mode": "val"}']})
-    assert pyplot.mock_calls == [mock.call.plot([2.5]), mock.call.savefig('loss.png')]
+    assert plt.mock_calls == [mock.call.plot([2.5]), mock.call.savefig('loss.png')]
 
 
 def test_a_notebook_names_a_clip_as_evaluate_does(demo, network, capsys):
