@@ -506,7 +506,7 @@ def save(args: argparse.Namespace) -> None:
         write = partial(checkpoint.write, state, Path(folder), 'latest.pth')
         seconds = in_turn(args.runs, {'': write}, time.perf_counter)['']
         size = (Path(folder) / 'latest.pth').stat().st_size / 2**20
-    print(f'A checkpoint of SlowOnly-R50 with both heads, {size:.0f} MB: training waits {seconds:.2f} s')
+    print(f'A checkpoint of SlowOnly-R50 with both heads, {size:.0f} MiB: training waits {seconds:.2f} s')
 
 
 def main() -> None:

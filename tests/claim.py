@@ -395,10 +395,11 @@ def plot(runs: Runs, path: Path) -> None:
                     label = None if group else 'images first, before the videos'
                     axes.plot(places[0] - 1, before, color='gray', label=label, **bar)
             axes.set_xticks([5 * group + 1.5 for group in range(3)], map(str, VIDEOS_PER_CLASS))
-            axes.set(xlabel='training videos per class', ylim=(0, 102))
-        left.axhline(25, color='gray', linestyle='--', linewidth=0.8, label='videos, one frame at best')
-        left.set_ylabel('top-1 on held-out videos, %')
-        right.set_ylabel('top-1 on held-out images, %')
+            label = '25 %: one frame at best (videos), chance (images)' if axes is left else None
+            axes.axhline(25, color='gray', linestyle='--', linewidth=0.8, label=label)
+            kind = 'videos' if axes is left else 'images'
+            axes.set(xlabel='training videos per class', ylabel=f'top-1 on held-out {kind}, %', ylim=(0, 102))
+        left.lines[0].set_label('runs of one seed')
         figure.legend(loc='outside upper center', ncols=3, frameon=False, fontsize='small')
         figure.savefig(path, metadata={'Date': None})
 

@@ -55,6 +55,15 @@ def test_resize_is_plain_bilinear():
     assert torch.equal(data.resize_as_opencv(picture, 60, 90), picture)
 
 
+@pytest.mark.parametrize('frames', '240x320 256x340 360x480 480x854 720x1280 1080x1920 321x181'.split())
+def test_resizing_for_tests_equals_opencv_bit_for_bit(frames):
+    cv2, (height, width) = pytest.importorskip('cv2'), map(int, frames.split('x'))
+    size = data.short_side_to(256, height, width)
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ours = data.resize_as_opencv(torch.from_numpy(frame).permute(2, 0, 1)[None], *size)[0].permute(1, 2, 0)
+    assert np.array_equal(ours, cv2.resize(frame, size[::-1], interpolation=cv2.INTER_LINEAR))
+
+
 def test_three_crops_lie_at_the_ends_and_the_middle():
     wide = torch.arange(10).expand(3, 4, 10)
     assert data.three_crops(wide)[:, 0, 0].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9], [3, 4, 5, 6]]

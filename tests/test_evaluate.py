@@ -9,12 +9,13 @@ import re
 import resource
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DOCS, Forked, run, wait_for, write_video
+from conftest import DOCS, Forked, decode_all, run, wait_for, write_video
 
 import data
 import evaluate
@@ -343,6 +344,21 @@ def test_bad_input_gets_one_line(broken, fails, arguments, message):
 
 def recipe(name):
     return DOCS.split(f'<!-- {name} -->\n```python\n')[1].split('```')[0]
+
+
+def test_the_plot_is_of_the_logged_losses():
+    plt = mock.Mock()
+    with mock.patch.dict('sys.modules', {'matplotlib': mock.Mock(pyplot=plt), 'matplotlib.pyplot': plt}):
+        exec(recipe('plot'), {'open': lambda path: ['{"loss": 2.5}', '{"mode": "val"}']})
+    assert plt.mock_calls == [mock.call.plot([2.5]), mock.call.savefig('loss.png')]
+
+
+def test_a_notebook_names_a_clip_as_evaluate_does(demo, network, capsys):
+    code, path = recipe('notebook').replace('work_dirs/demo/latest.pth', f'{demo}/small.pth'), demo / '80.mp4'
+    exec(code, {'clip': decode_all(write_video(path, 70, size=(80, 80)))[data.sample_frames(70)[0]]})
+    view = data.VideoDataset(None, 'test', 56, num_clips=1, num_crops=1).load(str(path), None)
+    scores = evaluate.score_views(network, 'video', view, 'fp32')[0]
+    assert capsys.readouterr().out == f'{evaluate.likeliest(scores, names_of(demo, "video"), 5)}\n'
 
 
 def test_the_probe_tells_what_is_told_apart_by_direction(tmp_path, monkeypatch, capsys):

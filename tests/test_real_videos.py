@@ -1,4 +1,4 @@
-"""Pixels and scores on real videos equal the reference's.
+"""Channel means of pixels, and scores, on real videos equal the reference's.
 
 The seven files are MMAction2's demo and test videos. They are looked for in $OMNI_MEDIA, else in
 ../shared/media beside the project; without them these tests are skipped.
