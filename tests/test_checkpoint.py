@@ -349,7 +349,7 @@ def test_2d_weights_are_inflated():
         torch.testing.assert_close(network.features(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_plain_slowonly_is_taken_with_its_head(backbone):
+def test_a_plain_slowonly_is_taken_with_its_head(backbone, tmp_path):
     """MMAction2's network with one linear layer as its head."""
     theirs = {'cls_head.fc_cls.weight': torch.ones(5, 256), 'cls_head.fc_cls.bias': torch.ones(5)}
     for key, value in checkpoint.to_mmaction2(backbone).items():
@@ -361,6 +361,9 @@ def test_a_plain_slowonly_is_taken_with_its_head(backbone):
     own = network.state_dict()
     assert all(torch.equal(own[key], value) for key, value in backbone.items())
     assert checkpoint.images_share_statistics(own)
+    torch.save({'state_dict': theirs}, tmp_path / 'x.pth')
+    built = checkpoint.build(checkpoint.load(tmp_path / 'x.pth'), 'x.pth')
+    assert len(built.video_head) == 1 and built.image_head is None  # as it is, for evaluation
     head = checkpoint.to_mmaction2(own)
     assert all(torch.equal(head[key], value) for key, value in theirs.items() if 'fc_cls' in key)
 
