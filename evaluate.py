@@ -21,7 +21,6 @@ import copy
 import csv
 import math
 import os
-import pickle
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -39,6 +38,7 @@ from model import DualStatsBatchNorm
 from runtime import checkpoint, distributed, sources
 from runtime.command import Parser, check_writable, draw_rows, number, whole_file
 from runtime.distributed import UserError, gather, rank, say, together, world_size
+from runtime.mmaction2 import write_dump
 from video import VideoReader
 
 # the published validation set, used if neither the command nor the checkpoint names another
@@ -209,26 +209,6 @@ def classes(network: nn.Module, source: str) -> int:
 
 
 # The command ----------------------------------------------------------------------------------------------
-
-
-def write_dump(path: str, scores: np.ndarray, labels: np.ndarray, size: int) -> None:
-    """Write MMAction2's result file: a pickled list, in dataset order, of dicts of tensors. An unreadable
-    sample scores -1 for its own label and 0 for the others, so that it counts as wrong there too."""
-    results = []
-    for row, label in zip(scores, labels):
-        if np.isnan(row[0]):
-            row = np.where(np.arange(len(row)) == label, np.float32(-1), np.float32(0))
-        results.append(
-            {
-                'pred_score': torch.from_numpy(row.copy()),
-                'pred_label': torch.tensor([int(row.argmax())]),
-                'gt_label': torch.tensor([int(label)]),
-                'num_classes': len(row),
-                'img_shape': (size, size),
-            }
-        )
-    with whole_file(path) as file:
-        pickle.dump(results, file)
 
 
 def show_mistakes(

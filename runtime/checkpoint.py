@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from model import OmniSlowOnly
 from runtime.distributed import say, writing
+from runtime.mmaction2 import from_mmaction2
+from runtime.mmaction2 import to_mmaction2 as to_mmaction2  # a part of this file's interface
 
 # The published sizes, for checkpoints that do not say theirs
 SIZES = {'layers': [3, 4, 6, 3], 'width': 64, 'size': 224, 'clip_len': 8, 'frame_interval': 8}
@@ -345,54 +347,3 @@ def images_share_statistics(state: dict[str, Tensor]) -> bool:
     """Whether images have the running statistics of videos, as in a checkpoint from elsewhere."""
     own = [key for key in state if '.image_running_' in key]
     return bool(own) and all(torch.equal(state[key], state[key.replace('image_', '')]) for key in own)
-
-
-# From and to MMAction2 ------------------------------------------------------------------------------------
-
-# The backbone has the key names of torchvision's ResNet; MMAction2 puts `backbone.` before them. The heads:
-HEAD_NAMES = {
-    'cls_head.fc2d.2.': 'image_head.0.',
-    'cls_head.fc2d.4.': 'image_head.2.',
-    'cls_head.fc3d.2.': 'video_head.0.',
-    'cls_head.fc3d.3.': 'video_head.1.',
-    'cls_head.fc3d.6.': 'video_head.4.',
-    'cls_head.fc_cls.': 'video_head.0.',  # a single linear layer
-}
-# What DDP, torch.compile and Lightning put before names, and then MMAction2
-PREFIXES = re.compile(r'((module|_orig_mod|model)\.)*(backbone\.)?')
-
-
-def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of a checkpoint from elsewhere -> ours: an official one, a plain SlowOnly, a 2D ResNet,
-    or ours with a prefix. If it has no image statistics, the videos' take their place."""
-    ours = {}
-    for theirs, value in state_dict.items():
-        key = theirs[PREFIXES.match(theirs).end() :]
-        key = re.sub(r'\bconv(\d)\.(conv|bn)\.', r'\2\1.', key)  # as MMAction2's other networks have them
-        key = key.replace('downsample.conv.', 'downsample.0.').replace('downsample.bn.', 'downsample.1.')
-        for their_head, our_head in HEAD_NAMES.items():
-            key = key.replace(their_head, our_head)
-        if value.ndim == 5:  # (O, I, 1, kH, kW) -> (O, I, kH, kW) and (O, I, 3, 1, 1) -> (O, I, 3, 1)
-            value = value.squeeze(2 if value.shape[2] == 1 else 4)
-        ours[key] = value
-    for key in [key for key in ours if '.running_' in key and '_head.' not in key]:
-        ours.setdefault(key.replace('.running_', '.image_running_'), ours[key].clone())
-    return ours
-
-
-def to_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_mmaction2`; the image statistics have no place there and are left out."""
-    theirs = {}
-    for key, value in state_dict.items():
-        if 'image_running_' in key:
-            continue
-        if 'video_head.4.weight' not in state_dict:
-            key = key.replace('video_head.0.', 'cls_head.fc_cls.')
-        for their_head, our_head in HEAD_NAMES.items():
-            key = key.replace(our_head, their_head)
-        if not key.startswith('cls_head.'):
-            key = f'backbone.{key}'
-        if value.ndim == 4:
-            value = value.unsqueeze(4 if value.shape[2:] == (3, 1) else 2)
-        theirs[key] = value
-    return theirs

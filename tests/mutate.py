@@ -22,7 +22,7 @@ video.py | times that lie are believed | require(shown == sorted(set(order))) =>
 video.py | playlists are opened | {'format_whitelist': FORMATS, => {
 runtime/headers.py | a rotation in a message is lost | (0, 1, 4, 5, 6, => (0, 1, 4, 5, 6, 47,
 data.py | the last clip is never drawn | frame_interval, 0) + 1 => frame_interval, 1)
-data.py | height, width swapped | (*frame.shape[:2], rng) => (*frame.shape[1::-1], rng)
+data.py | height, width swapped | (*frame.shape[:2], rng, => (*frame.shape[1::-1], rng,
 data.py | no video is mirrored | clip = clip.flip(-1) => pass
 data.py | every epoch augments alike | {what}', self.seed, nth_pass, index) => {what}', self.seed, index)
 data.py | what an epoch leaves over is drawn | epoch * self.sizes[source] + => epoch * 0 +
@@ -33,7 +33,7 @@ runtime/distributed.py | two runs share a folder | not isinstance(error, (B => n
 runtime/checkpoint.py | written in place | folder / 'checkpoint.tmp' => folder / names[0]
 runtime/checkpoint.py | a download's hash is ignored | beside), match[1] if match else None) => beside))
 runtime/checkpoint.py | a checkpoint's code is run | weights_only=True => weights_only=False
-runtime/checkpoint.py | a weight has a wrong name | cls_head.fc3d.6. => cls_head.fc3d.5.
+runtime/mmaction2.py | a weight has a wrong name | cls_head.fc3d.6. => cls_head.fc3d.5.
 runtime/checkpoint.py | images begin with 0 and 1 | trained == {'video'} => trained == {'x'}
 runtime/sources.py | lines are counted from 0 | enumerate(file, 1) => enumerate(file, 0)
 runtime/guard.py | the exit status is the signal | sys.exit(128 + signum) => sys.exit(signum)
