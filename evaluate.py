@@ -211,9 +211,7 @@ def classes(network: nn.Module, source: str) -> int:
 # The command ----------------------------------------------------------------------------------------------
 
 
-def show_mistakes(
-    out: str, dataset: Dataset, scores: np.ndarray, labels: np.ndarray, names: list[str]
-) -> int:
+def show_mistakes(out: str, dataset: Dataset, scores: np.ndarray, labels: np.ndarray, names: list) -> int:
     """Draw a PNG of the eight misclassified samples whose wrong label scores highest, each under both labels
     and their scores. `dataset` is a 'val' one, so a video shows its middle clip. Returns the number of
     misclassified samples; if it is 0, nothing is written."""
@@ -245,9 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--val-root', help="folder that the list's paths start from; default: the checkpoint's")
     add('--video-labels', metavar='TXT', help="class names, one per line; default: the checkpoint's")
     add('--image-labels', metavar='TXT', help='the same for images')
-    add(
-        '--clips', type=number(int, 1), default=10, help='clips spread over each video (default: %(default)s)'
-    )
+    add('--clips', type=number(int, 1), default=10, help='clips of each video (default: %(default)s)')
     add('--crops', type=int, choices=(1, 3), default=3, help='crops of each clip (default: %(default)s)')
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
     add('--workers', type=number(int, 0), help='loader processes; default: its share of the cores, up to 16')

@@ -224,7 +224,7 @@ def show(args: argparse.Namespace) -> None:
         if not list_file:
             continue
         files = sources.open_list(list_file, root, source, None, None, source == 'video')
-        dataset = kind(files, size=args.size, **options)
+        dataset = kind(files, size=args.size, min_area=args.min_area, **options)
         for index in np.unique(files.labels, return_index=True)[1][:3].tolist():
             sample = dataset[0, index]
             if sample.pixels is None:
@@ -343,6 +343,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         add(f'--{source}-list', metavar='LIST', help="or class folders; default: data/demo's")
         add(f'--{source}-root', default='', metavar='DIR', help='folder that its paths start from')
     add('--size', type=count, default=112, help='side of the crop' + default)
+    add('--min-area', type=number(float, 0, 0.5, above=True), default=0.08, help='smallest crop' + default)
     add('--clip-len', type=count, default=8, help='frames of a clip' + default)
     add('--frame-interval', type=count, default=8, help='from one frame of a clip to the next' + default)
     return parser.parse_args(argv)

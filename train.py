@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
     count, above_0 = command.number(int, 1), command.number(float, 0, above=True)
     from_0, share = command.number(int, 0), command.number(float, 0, 1)
-    area = command.number(float, 0, 1, above=True)
+    area = command.number(float, 0, 0.5, above=True)  # a wide picture has no larger crops
 
     add = parser.flags('data')
     add('--demo', 'make a small set below data/demo and train a small network on it', action='store_true')
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
-    add('--min-area', 'smallest crop; 0.08 of a clip can miss a small action', type=area, default=0.08)
+    add('--min-area', 'smallest crop, of all; 0.08 can miss a small action', type=area, default=0.08)
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
@@ -308,7 +308,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     torch.manual_seed(args.seed)
     classes = {f'{source.name}_classes': source.classes for source in sources}
     classes = {'video_classes': 0, 'image_classes': 0} | classes
-    hidden = checkpoint.size_of(saved['model'], path)['hidden'] if saved else None
+    hidden = checkpoint.hidden_units(given, classes['video_classes'])
     network = OmniSlowOnly(**classes, layers=args.layers, width=args.width, hidden=hidden).to(device)
     with together():
         if saved:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data import one_line
 from model import OmniSlowOnly
 from runtime.distributed import say, writing
 from runtime.mmaction2 import from_mmaction2
@@ -250,13 +251,22 @@ def size_of(state: dict[str, Tensor], path: str) -> dict:
     """The arguments of the network that has these weights. ValueError if it is not of our kind."""
     try:
         size = OmniSlowOnly.size_of(state)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{path}: {error}') from None
-    with torch.device('meta'):  # takes no memory, whatever the size
-        needed = sum(value.numel() for value in OmniSlowOnly(**size).state_dict().values())
+        with torch.device('meta'):  # takes no memory, whatever the size
+            needed = sum(value.numel() for value in OmniSlowOnly(**size).state_dict().values())
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f'{path}: {one_line(error)}') from None
     if needed > 3 * sum(value.numel() for value in state.values()):  # 2D weights are inflated threefold
         raise ValueError(f'{path}: not all weights of a network of width {size["width"]}')
     return size
+
+
+def hidden_units(given: dict | None, video_classes: int) -> int | None:
+    """`hidden` of the network whose video head a checkpoint can give; None if it has other classes."""
+    if given:
+        size = OmniSlowOnly.size_of(given['model'])
+        if size['video_classes'] == video_classes:
+            return size.get('hidden')
+    return None
 
 
 def build(saved: dict, path: str) -> OmniSlowOnly:

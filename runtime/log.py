@@ -179,7 +179,7 @@ def introduce(
     times = f'{world_size()} x {args.accumulate}' if args.accumulate > 1 else world_size()
     batch = ' and '.join(f'{times} x {source.per_gpu} {source.name}s' for source in sources)
     say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
-    say('top-1 in training is of augmented crops, with dropout: expect more in validation')
+    say('top-1 in training is of augmented crops: expect more in validation')
     times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]
     if times > 2 and sources[0].name == 'video' and not (args.demo or args.auto_scale_lr or args.init):
         line = f"the learning rate is {times:.1f} times the recipe's for so many videos a step"
@@ -195,7 +195,7 @@ def introduce(
 
     harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
     for key, value in vars(args).items():
-        was = saved['settings'].get(key, value)
+        was = ({'min_area': 0.08} | saved['settings']).get(key, value)  # which older runs do not say
         if key not in harmless and value is not None and value != was:
             say(f'changed since the checkpoint: {key} {was} -> {value}')
     if steps != saved['steps_per_epoch']:

@@ -17,11 +17,11 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
 
 
-def load(folder: str, size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+def load(folder: str, classes: list[str], size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """32 frames spread over each clip of a folder of class folders, uint8 (32, 3, H, W), and the labels."""
     small, clips, labels = v2.Resize(2 * size, antialias=True), [], []
-    for label, parent in enumerate(sorted(path for path in Path(folder).iterdir() if path.is_dir())):
-        for path in sorted(parent.iterdir()):
+    for label, name in enumerate(classes):
+        for path in sorted(Path(folder, name).glob('*')):
             with av.open(str(path)) as container:
                 frames = list(container.decode(video=0))
             picked = [frames[i] for i in np.linspace(0, len(frames) - 1, 32).round().astype(int)]
@@ -44,7 +44,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     random.seed(args.seed)
-    (clips, labels), (val_clips, val_labels) = load(args.train, args.size), load(args.val, args.size)
+    classes = sorted(path.name for path in Path(args.train).iterdir() if path.is_dir())
+    clips, labels = load(args.train, classes, args.size)
+    val_clips, val_labels = load(args.val, classes, args.size)
     augment = v2.Compose(
         [
             v2.RandomResizedCrop(args.size, (0.4, 1), antialias=True),
@@ -52,7 +54,7 @@ def main() -> None:
         ]
     )
     plain = v2.Compose([v2.Resize(args.size * 8 // 7, antialias=True), v2.CenterCrop(args.size)])
-    network = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=int(labels.max()) + 1)
+    network = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=len(classes))
     optimizer = torch.optim.SGD(network.parameters(), args.lr, 0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 
