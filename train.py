@@ -137,7 +137,7 @@ def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.init and args.init_2d:
         parser.error('--init and --init-2d exclude each other')
     if args.image_only and (args.video_only or args.auto_scale_lr):
-        parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr')
+        parser.error('--image-only leaves no videos for --video-only or --auto-scale-lr; set --lr')
     if args.warmup_epochs is None:
         args.warmup_epochs = round(args.epochs * 34 / 256)
     if args.warmup_epochs > args.epochs:

@@ -397,6 +397,8 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     class_folders(folder, 'data/demo/image_train.txt', 'images_train', 'my_images')
     line = DOCS.split('<!-- fine-tune -->\n```\n')[1].split('\n```')[0]
     line = line.replace('\\\n', ' ').replace('python ', '').replace('work_dirs/omni', 'work_dirs/demo')
+    small = DOCS.split('<!-- own clips -->\n```\n')[1].split('\n```')[0].replace('\\\n', '').split()[2:]
+    assert train.parse_args(small).min_area == 0.4  # the other line for own data
     line += ' --size 28 --clip-len 2 --workers 1 --log-interval 1 --val-interval 20'
     output = run(line, folder).stdout
     assert 'new heads: video, image' in output and 'times the recipe' not in output
