@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
-    add('--min-area', 'smallest crop, of all; 0.08 can miss a small action', type=area, default=0.08)
+    add('--min-area', 'least share of a picture in a crop; small actions need more', type=area, default=0.08)
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
