@@ -318,7 +318,8 @@ def first_weights(
     steps, wanted = args.epochs * steps_per_epoch, 300 if given or args.demo else 1000
     if new and steps < wanted:
         enough = math.ceil(wanted / steps_per_epoch)
-        say(f'{steps} steps are few for what learns from nothing; --epochs {enough} makes {wanted}')
+        what = 'a new head' if given else 'what learns from nothing'
+        say(f'{steps} steps are few for {what}; --epochs {enough} makes {wanted}')
 
 
 def matching(network: nn.Module, state: dict[str, Tensor], path: str, new: list[str]) -> dict[str, Tensor]:

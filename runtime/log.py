@@ -179,10 +179,11 @@ def introduce(
     times = f'{world_size()} x {args.accumulate}' if args.accumulate > 1 else world_size()
     batch = ' and '.join(f'{times} x {source.per_gpu} {source.name}s' for source in sources)
     say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
-    say('top-1 in training is of augmented crops: expect more in validation')
-    times = args.lr / 0.1 * 128 / sampler.per_step[sources[0].name]
-    if times > 2 and sources[0].name == 'video' and not (args.demo or args.auto_scale_lr or args.init):
-        line = f"the learning rate is {times:.1f} times the recipe's for so many videos a step"
+    say('top-1 in training is of augmented crops; validation lags in the first hundreds of steps')
+    first, recipe = sources[0].name, {'video': 128, 'image': 680}
+    times = args.lr / 0.1 * recipe.get(first, 128) / sampler.per_step[first]
+    if times > 2 and not (args.demo or args.auto_scale_lr or args.init):
+        line = f"the learning rate is {times:.1f} times the recipe's for so many {first}s a step"
         say(f'{line}; --auto-scale-lr makes it the same')
     if args.freeze:
         say('frozen: only the heads learn, the rest stays as it is')

@@ -125,6 +125,8 @@ def say_classes(files: FileList, name: str, list_file: str, labels: list[str] | 
     names = labels if labels else [f'class {i}' for i in range(classes)]
     least, most = (f'{names[i]} ({counts[i]})' for i in (counts.argmin(), counts.argmax()))
     say(f'{list_file}: {len(files)} {name}s of {classes} classes, from {least} to {most}')
+    if 0 in counts:
+        say(f'{list_file}: {np.count_nonzero(counts == 0)} of the {classes} classes have no {name}s')
 
 
 # What has changed since a checkpoint ----------------------------------------------------------------------
@@ -238,7 +240,8 @@ def read_folder(folder: str, videos: bool, names: list[str] | None) -> FileList:
         name = path.split(os.sep)[0]
         if name not in numbers:
             known = ', '.join(names[:3])
-            raise ValueError(f'{os.path.join(folder, name)}: not a class folder; classes are {known}, ...')
+            there = os.path.join(folder, name)
+            raise ValueError(f'{there}: not one of the {len(names)} classes, which begin with {known}')
         labels.append(numbers[name])
     return FileList(np.array([*map(os.fsencode, paths)]), np.array(labels, dtype=np.int64), folder)
 

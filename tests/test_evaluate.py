@@ -323,9 +323,9 @@ def broken(demo, network):
         ('--csv /proc/a.csv data/demo/images_val/dots_000.jpg', '/proc/a.csv cannot be written'),
         (
             '--val-list data --ckpt nameless.pth',
-            'data/demo: not a class folder; classes are class 0, class 1,',
+            'data/demo: not one of the 8 classes, which begin with class 0, class 1,',
         ),
-        ('--val-list data', 'data/demo: not a class folder; classes are stripes rising,'),
+        ('--val-list data', 'data/demo: not one of the 8 classes, which begin with stripes rising,'),
         ('--val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
         ('--image-labels data/demo/video_labels.txt', '8 names, but the image head has another number'),
         ('--clips 0', "'0' is not a whole number of at least 1"),

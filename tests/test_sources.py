@@ -148,7 +148,7 @@ def test_class_folders_take_what_can_be_read_and_say_what_they_leave_out(tmp_pat
         with pytest.raises(ValueError, match=f'{folder}: no CLASS/NAME.mp4 or the like in it; a list works'):
             sources.read_list(folder, videos=True)
     tree(tmp_path / 'videos', 'z.mp4')
-    with pytest.raises(ValueError, match='videos/z.mp4: not a class folder; classes are a, b, ...'):
+    with pytest.raises(ValueError, match='videos/z.mp4: not one of the 2 classes, which begin with a, b'):
         sources.read_list(videos, videos=True)
 
 
