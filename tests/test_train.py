@@ -103,7 +103,7 @@ def test_fine_tuning_takes_all_but_the_heads_that_differ(trained):
     options = '--video-list three.txt --video-labels names.txt --init work_dirs/demo/latest.pth --lr 1e-30'
     output = run(f'{QUICK} --epochs 1 --no-validate {options} --work-dir tuned', folder).stdout
     assert 'starting from work_dirs/demo/latest.pth; new heads: video\n' in output
-    assert '4 steps are few for what learns from nothing; --epochs 75 ' in output
+    assert '4 steps are few for a new head; --epochs 75 ' in output
     before, after = checkpoint_in(folder / 'work_dirs/demo')['model'], checkpoint_in(folder / 'tuned')
     assert after['video_labels'] == ['one', 'two', 'three'] and len(after['model']['video_head.0.bias']) == 3
     for key in ('conv1.weight', 'layer4.0.conv1.weight', 'image_head.2.weight'):
