@@ -136,9 +136,10 @@ def test_images_first_then_jointly_or_videos(demo):
     """The README's two lines, each twice, and --init-2d, go on from all that images have taught."""
     options = f'{QUICK} --epochs 1 --lr 1e-30 --work-dir both'
     lines = DOCS.split('<!-- images first -->\n```\n')[1].split('\n```')[0].splitlines()
-    for line, quick in zip(lines, ('', '--no-validate'), strict=True):
+    said = 'learning rate 1.17647e-32', 'learning rate 1e-30'  # 8 images a step of the recipe's 680
+    for line, quick, rate in zip(lines, ('--auto-scale-lr', '--no-validate'), said, strict=True):
         output = [run(f'{options} {quick} {line.split("train.py ")[1]}', demo).stdout for _ in range(2)]
-        assert 'starting afresh' in output[0] and 'resuming from' in output[1]
+        assert 'starting afresh' in output[0] and 'resuming from' in output[1] and rate in output[0]
     run(f'{options} --no-validate --video-only --work-dir videos --init-2d work_dirs/images/best.pth', demo)
     assert '12 images' in run('evaluate.py --ckpt work_dirs/images/best.pth --images', demo).stdout
     record = records(demo / 'work_dirs/images', 'step')[-1]
