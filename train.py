@@ -95,22 +95,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
     add('--accumulate', 'batches per step: one GPU with 8 learns like 8 GPUs', type=count, default=1)
     add('--lr', 'peak learning rate, for 128 videos a step', type=above_0, default=0.1)
-    add(
-        '--auto-scale-lr',
-        'scale --lr by (videos per step) / 128 or, without videos, images / 680',
-        action='store_true',
-    )
+    add('--auto-scale-lr', 'scale --lr to the step: videos / 128, or images alone / 680', action='store_true')
     add('--momentum', 'of SGD', type=share, default=0.9)
     add('--weight-decay', 'on all parameters, biases too', type=share, default=1e-4)
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
-    add(
-        '--min-area',
-        'least share of a picture in a crop, below 0.5; small actions need more',
-        type=area,
-        default=0.08,
-    )
+    add('--min-area', 'least share of a picture in a crop; small actions need 0.4', type=area, default=0.08)
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
@@ -294,9 +285,8 @@ def load_batches(sampler: data.JointSampler, steps: range, my_batches: range, so
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """A whole run, from the lists to the last checkpoint. Every process calls it, with the same settings."""
     if args.auto_scale_lr:
-        share = args.videos_per_gpu / 16
-        if args.image_only and args.images_per_gpu:
-            share = args.images_per_gpu / 85
+        images = args.image_only and args.images_per_gpu
+        share = args.images_per_gpu / 85 if images else args.videos_per_gpu / 16
         args.lr *= share * args.accumulate * world_size() / 8
     precision, why = distributed.pick_precision(args.precision, device)
     workers = distributed.default_workers() if args.workers is None else args.workers
