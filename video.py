@@ -204,6 +204,7 @@ def open_video(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     """A file and its video stream. Raises what VideoReader raises."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe without a writer would block
         raise ValueError('not a regular file')
+    check_whole(path)
     options = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     try:
         container = av.open(local(path), container_options=options, **LENIENT)
@@ -222,6 +223,23 @@ def open_video(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     codec.options = {'max_pixels': str(MAX_PIXELS)}  # where the size changes later
     codec.thread_count = 1  # a loader's workers are the parallelism
     return container, stream
+
+
+def check_whole(path: str) -> None:
+    """Raise ValueError if an MP4 or AVI file ends before one of its parts does: its end is lost."""
+    size, start = os.path.getsize(path), 0
+    with open(path, 'rb') as file:
+        while start < size:
+            file.seek(start)
+            head = file.read(8)
+            name, length = head[4:], int.from_bytes(head[:4], 'big')
+            if head[:4] == b'RIFF':  # AVI
+                name, length = b'RIFF', int.from_bytes(head[4:], 'little') + 8
+            start += length
+            if name in (b'RIFF', b'mdat', b'moov', b'moof') and start > size + 8:  # some count the 8 twice
+                raise ValueError(f'cut off: {size:,} of at least {start:,} bytes are there')
+            if length < 8:  # 0: it goes on to the end; 1: of over 4 GB
+                return
 
 
 def turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
