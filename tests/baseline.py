@@ -67,8 +67,8 @@ def main() -> None:
         if len(order) < args.batch:
             order = random.sample(range(len(labels)), len(labels))
         batch, order = order[: args.batch], order[args.batch :]
-        frames = [4 * t + random.randrange(4) for t in range(8)]
-        logits = logits_of([augment(clips[i][frames]) for i in batch])
+        frames = [[4 * t + random.randrange(4) for t in range(8)] for _ in batch]
+        logits = logits_of([augment(clips[i][picked]) for i, picked in zip(batch, frames)])
         hits += (logits.argmax(1) == labels[batch]).tolist()
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[batch]).backward()
