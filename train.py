@@ -30,7 +30,7 @@ from model import MOMENTUM, OmniSlowOnly, running_statistics, set_momentum
 from runtime import checkpoint, command, distributed, log
 from runtime.distributed import rank, say, together, world_size
 from runtime.guard import Guard
-from runtime.sources import compare_data, fingerprints, open_sources
+from runtime.sources import RECIPE, compare_data, fingerprints, open_sources
 
 # Settings -------------------------------------------------------------------------------------------------
 
@@ -284,10 +284,6 @@ def load_batches(sampler: data.JointSampler, steps: range, my_batches: range, so
 
 def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """A whole run, from the lists to the last checkpoint. Every process calls it, with the same settings."""
-    if args.auto_scale_lr:
-        images = args.image_only and args.images_per_gpu
-        share = args.images_per_gpu / 85 if images else args.videos_per_gpu / 16
-        args.lr *= share * args.accumulate * world_size() / 8
     precision, why = distributed.pick_precision(args.precision, device)
     workers = distributed.default_workers() if args.workers is None else args.workers
     distributed.set_deterministic(args.deterministic)
@@ -301,6 +297,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
         sampler = data.JointSampler(sizes, per_gpu, world_size() * args.accumulate, args.seed)
+        if args.auto_scale_lr:
+            args.lr *= sampler.per_step[sources[0].name] / RECIPE[sources[0].name]
         if saved:
             compare_data(saved, args, sources, path)
     digests = {source.name: fingerprints(source) for source in sources}

@@ -46,6 +46,7 @@ class VideoReader:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self._container, self.stream = open_video(self.path)
+        check_whole(self.path)
         self._reformatter = VideoReformatter()
         self._size = self._turn = None  # of the first picture decoded
         try:
@@ -204,7 +205,6 @@ def open_video(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     """A file and its video stream. Raises what VideoReader raises."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe without a writer would block
         raise ValueError('not a regular file')
-    check_whole(path)
     options = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     try:
         container = av.open(local(path), container_options=options, **LENIENT)

@@ -306,9 +306,9 @@ def first_weights(
     if given:
         path = args.init if args.init else args.init_2d
         for source in sources:
-            head, alike = network.head(source.name).state_dict(prefix=f'{source.name}_head.'), True
-            for key, value in head.items():
-                alike = alike and key in given['model'] and given['model'][key].shape == value.shape
+            head = network.head(source.name).state_dict(prefix=f'{source.name}_head.')
+            shapes = {key: given['model'][key].shape for key in head if key in given['model']}
+            alike = shapes == {key: value.shape for key, value in head.items()}
             if args.init and alike and given.get(f'{source.name}_labels') == source.labels:
                 new.remove(source.name)
         network.load_state_dict(matching(network, given['model'], path, new), strict=False)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from runtime import distributed
 from runtime.distributed import UserError, locked, peak_memory, rank, say, world_size, writing
+from runtime.sources import RECIPE
 
 
 def mean_of_each(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -180,8 +181,8 @@ def introduce(
     batch = ' and '.join(f'{times} x {source.per_gpu} {source.name}s' for source in sources)
     say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
     say('top-1 in training is of augmented crops; validation lags in the first hundreds of steps')
-    first, recipe = sources[0].name, {'video': 128, 'image': 680}
-    times = args.lr / 0.1 * recipe.get(first, 128) / sampler.per_step[first]
+    first = sources[0].name
+    times = args.lr / 0.1 * RECIPE[first] / sampler.per_step[first]
     if times > 2 and not (args.demo or args.auto_scale_lr or args.init):
         line = f"the learning rate is {times:.1f} times the recipe's for so many {first}s a step"
         say(f'{line}; --auto-scale-lr makes it the same')
@@ -195,8 +196,9 @@ def introduce(
         return
 
     harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
+    before = {'min_area': 0.08} | saved['settings']  # which older runs do not say
     for key, value in vars(args).items():
-        was = ({'min_area': 0.08} | saved['settings']).get(key, value)  # which older runs do not say
+        was = before.get(key, value)
         if key not in harmless and value is not None and value != was:
             say(f'changed since the checkpoint: {key} {was} -> {value}')
     if steps != saved['steps_per_epoch']:
