@@ -136,32 +136,27 @@ class VideoDataset(FileDataset):
     def training_clip(self, video: VideoReader, rng: Rng) -> Tensor:
         """A random clip, cropped and perhaps mirrored, all frames alike, (3, T, size, size)."""
         indices = sample_frames(len(video), self.clip_len, self.frame_interval, rng=rng)[0]
-        # A clip that starts over at the end of a short video has frames twice; each is decoded once.
-        wanted, inverse = np.unique(indices, return_inverse=True)
-        crops = []
-        for _, frame in video.frames(wanted):  # each once, in ascending order
-            if not crops:
+        crops = {}  # by frame number: a clip that starts over in a short video has frames twice
+        for number, frame in video.frames(indices):
+            if not crops:  # the size is known now; all frames are cropped alike
                 top, left, height, width = crop_box(*frame.shape[:2], rng, self.min_area)
-            crop = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-            if frame.nbytes > 6_000_000:  # 1080p and more; eight frames of 4K would take 200 MB
-                crop = resize(crop, self.size, self.size)
-            crops.append(crop)
-        clip = resize(torch.cat(crops), self.size, self.size)  # (T, 3, size, size)
+            crop = torch.from_numpy(frame[top : top + height, left : left + width]).permute(2, 0, 1)
+            crops[number] = resize(crop, self.size, self.size).permute(1, 2, 0)
+        clip = torch.stack([crops[number] for number in indices])  # (T, size, size, 3)
+        clip = clip.movedim(-1, 0)
         if self.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
-        return clip[inverse].transpose(0, 1)
+        return clip
 
     def views(self, video: VideoReader) -> Tensor:
         """Evenly spread clips under one or three crops each, (V, 3, T, S, S)."""
         num_clips = self.num_clips if self.mode == 'test' else 1
         clips = sample_frames(len(video), self.clip_len, self.frame_interval, num_clips)  # (clips, T)
-        wanted, inverse = np.unique(clips.ravel(), return_inverse=True)
-        frames = []
-        for _, frame in video.frames(wanted):  # made small at once: 80 frames of 4K would take 2 GB
-            height, width = short_side_to(self.short_side, *frame.shape[:2])
-            frame = torch.from_numpy(frame).permute(2, 0, 1)[None]  # (1, 3, H, W)
-            frames.append(resize_as_opencv(frame, height, width))
-        frames = torch.cat(frames)[inverse]  # (clips * T, 3, H, W)
+        small = {}  # by frame number; resized at once, because 80 frames of 4K would take 2 GB
+        for number, frame in video.frames(clips.ravel()):
+            size = short_side_to(self.short_side, *frame.shape[:2])
+            small[number] = resize_as_opencv(torch.from_numpy(frame).permute(2, 0, 1), *size)
+        frames = torch.stack([small[number] for number in clips.ravel()])  # (clips * T, 3, H, W)
         if self.mode == 'val':
             crops = center_crop(frames, self.size)[None]
         elif self.num_crops == 3:
@@ -276,13 +271,13 @@ def short_side_to(side: int, height: int, width: int) -> tuple[int, int]:
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (C, H, W) or (N, C, H, W) -> the same, height x width: bilinear, half-pixel centres, no
     antialiasing."""
-    pixels = pixels.movedim(-3, -1).contiguous().movedim(-1, -3)  # torch resizes interleaved RGB fastest
-    batch = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+    interleaved = pixels.movedim(-3, -1).contiguous()  # torch resizes RGB, RGB, ... fastest
+    batch = interleaved.view(-1, *interleaved.shape[-3:]).movedim(-1, 1)  # (N, C, H, W)
     return F.interpolate(batch, (height, width), mode='bilinear').view(*pixels.shape[:-2], height, width)
 
 
 def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (N, C, H, W) -> (N, C, height, width): like `resize`, but bit for bit as OpenCV's INTER_LINEAR.
+    """uint8 (..., H, W) -> (..., height, width): like `resize`, but bit for bit as OpenCV's INTER_LINEAR.
 
     OpenCV cuts off where torch rounds, so one value in eight is one level darker than the exact result.
     Published scores depend on that, so the evaluation of videos does the same; training need not.
@@ -300,14 +295,11 @@ def resize_as_opencv(pixels: Tensor, height: int, width: int) -> Tensor:
 
     top, bottom, top_weight, bottom_weight = taps(pixels.shape[-2], height)
     left, right, left_weight, right_weight = taps(pixels.shape[-1], width)
-    resized = torch.empty(*pixels.shape[:-2], height, width, dtype=torch.uint8)
-    for frame, out in zip(pixels, resized):
-        frame = frame.contiguous()
-        # Two weights of 2048ths make 22 bits too many. OpenCV drops 4, then 16, then rounds off 2.
-        rows = (frame[..., left].int() * left_weight + frame[..., right].int() * right_weight) >> 4
-        upper, lower = rows[..., top, :] * top_weight[:, None], rows[..., bottom, :] * bottom_weight[:, None]
-        out.copy_(((upper >> 16) + (lower >> 16) + 2) >> 2)
-    return resized
+    pixels = pixels.contiguous()
+    # The weights have multiplied by 2048 twice, which is 22 bits. OpenCV drops 4, then 16, then rounds off 2.
+    rows = (pixels[..., left].int() * left_weight + pixels[..., right].int() * right_weight) >> 4
+    upper, lower = rows[..., top, :] * top_weight[:, None], rows[..., bottom, :] * bottom_weight[:, None]
+    return (((upper >> 16) + (lower >> 16) + 2) >> 2).byte()
 
 
 # Which samples make a batch -------------------------------------------------------------------------------

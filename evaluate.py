@@ -28,7 +28,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
@@ -108,15 +108,12 @@ def fold_batchnorm(network: nn.Module, is_image: bool) -> nn.Module:
     network = copy.deepcopy(network).eval()
     for module in network.modules():
         children = list(module.named_children())
-        for (_, conv), (name, bn) in zip(children, children[1:]):
+        for (conv_name, conv), (bn_name, bn) in zip(children, children[1:]):
             if isinstance(bn, DualStatsBatchNorm):
-                mean, var = bn.running_mean, bn.running_var
                 if is_image:
-                    mean, var = bn.image_running_mean, bn.image_running_var
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, mean, var, bn.eps, bn.weight, bn.bias
-                )
-                setattr(module, name, Identity())
+                    bn.running_mean, bn.running_var = bn.image_running_mean, bn.image_running_var
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, bn))
+                setattr(module, bn_name, Identity())
     return network.to(memory_format=torch.channels_last)
 
 
@@ -248,9 +245,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--precision', choices=('fp32', 'bf16', 'fp16'), help='default: bf16 if the GPU has it, else fp32')
     add('--workers', type=number(int, 0), help='loader processes; default: its share of the cores, up to 16')
     args = parser.parse_args(argv)
-    of_sets, of_files = (args.dump or args.show or args.val_list or args.images), (args.timeline or args.csv)
-    if args.files and of_sets or of_files and not args.files:
-        parser.error('files are for --timeline and --csv; --dump, --show, --images and --val-list need none')
+    if args.files and (args.dump or args.show or args.val_list or args.images):
+        parser.error('--dump, --show, --images and --val-list measure a set; leave out the files')
+    if not args.files and (args.timeline or args.csv):
+        parser.error('--timeline and --csv classify files; name some')
     return args
 
 
@@ -294,11 +292,9 @@ def open_dataset(kind: str, files: data.FileList | None, args: argparse.Namespac
 def classify(network: nn.Module, args: argparse.Namespace, trained: dict, names: dict) -> None:
     """Print what each file shows and write what was asked for. Exit with 1 if a file could not be read."""
     paths, table, rows = [], [('file', 'rank', 'label', 'score')], []
-    for path in args.files:
-        below = []
-        if os.path.isdir(path):
-            below = sources.files_below(path, sources.VIDEO_ENDINGS + sources.image_endings())
-        paths += below or [path]
+    with together():
+        for path in args.files:
+            paths += sources.files_of(path) if os.path.isdir(path) else [path]
     for path in paths:
         kind = 'image' if sources.is_image(path) else 'video'
         dataset = open_dataset(kind, None, args, trained)
@@ -355,9 +351,13 @@ def open_set(kind: str, network: nn.Module, args: argparse.Namespace, trained: d
     if val_list is None:
         raise ValueError(f'{args.ckpt}: no {kind}s were validated in training; --val-list names a list')
     val_root = trained.get(f'{prefix}_root', val_root) if args.val_root is None else args.val_root
+    if not names[kind] and os.path.isdir(val_list):
+        folders = sources.class_names(val_list)
+        # Their order tells their labels only if they are these numbers, or all classes of a published set.
+        if folders == [str(i) for i in range(known)] or len(folders) == known in (400, 1000):
+            names[kind] = folders
     if not names[kind]:
-        folders = sources.class_names(val_list) if os.path.isdir(val_list) else []
-        names[kind] = folders if len(folders) == known else sources.published_labels(kind, known)
+        names[kind] = sources.published_labels(kind, known)
     files = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
     return open_dataset(kind, files, args, trained)
 

@@ -1,4 +1,4 @@
-"""What the network costs: parameters and FLOPs, per stage and in total.
+"""What the network costs: parameters and FLOPs.
 
     python flops.py                     the published accounting, then the joint model's own at 224 pixels
     python flops.py --size 112 --clip-len 16
@@ -9,11 +9,10 @@ BatchNorm, of one test view of 8x256x256. The published 32.45M parameters have a
 torch's own FLOP counter, which counts a multiply-accumulate as 2.
 """
 
-import signal
-from collections import Counter
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,30 +20,17 @@ from model import OmniSlowOnly
 from runtime.command import Parser, number
 
 
-def count(network: OmniSlowOnly, x: torch.Tensor) -> dict[str, tuple[int, int]]:
-    """{part: (multiply-accumulates, BatchNorm operations at 2 per element)} of a forward pass of `x`.
+def count(function: Callable, x: Tensor) -> tuple[int, int]:
+    """The multiply-accumulates, and the BatchNorm operations at 2 per element, of `function(x)`."""
+    norms = []
 
-    The parts are the stem, the four stages and the head.
-    """
-    norms = Counter()
-
-    def count_norm(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def count_norm(module: nn.Module, args: tuple, output: Tensor) -> None:
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            norms[module] += 2 * output.numel()
+            norms.append(2 * output.numel())
 
     with register_module_forward_hook(count_norm), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(x)
-    flops = counter.get_flop_counts()
-    parts = {part: (0, 0) for part in ('stem', 'layer1', 'layer2', 'layer3', 'layer4', 'head')}
-    names = {'conv1': 'stem', 'bn1': 'stem', 'image_head': 'head', 'video_head': 'head'}
-    for name, module in network.named_modules():
-        top = name.split('.')[0]
-        part = names.get(top, top)
-        if part in parts and not any(module.children()):  # a module with children has their sum
-            macs, norm_ops = parts[part]
-            counted = sum(flops.get(f'{type(network).__name__}.{name}', {}).values())
-            parts[part] = macs + counted // 2, norm_ops + norms[module]
-    return parts
+        function(x)
+    return counter.get_total_flops() // 2, sum(norms)
 
 
 def parameters(module: nn.Module) -> int:
@@ -61,13 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     add('--layers', type=whole, nargs=4, default=(3, 4, 6, 3), metavar='N', help=blocks)
     args = parser.parse_args(argv)
     with torch.device('meta'):
-        network = OmniSlowOnly(layers=args.layers, width=args.width)
+        network = OmniSlowOnly(layers=args.layers, width=args.width).eval()
         sizes = (8, 256, 256), (args.clip_len, args.size, args.size), (args.size, args.size)
         test_view, clip, image = (torch.empty(1, 3, *size, dtype=torch.uint8) for size in sizes)
         plain = parameters(nn.Linear(32 * args.width, 400))
 
-    counted = count(network, test_view)
-    convs, norms = (sum(pair[i] for part, pair in counted.items() if part != 'head') for i in (0, 1))
+    convs, norms = count(network.features, test_view)
     backbone = parameters(network) - parameters(network.image_head) - parameters(network.video_head)
     print('As published (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)')
     print(f'  FLOPs       {(convs + norms) / 1e9:.2f}G   = convolutions {convs:,} + BatchNorm {norms:,}')
@@ -79,12 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     for kind, x in (('clip', clip), ('image', image)):
         title = f'{kind} {"x".join(map(str, x.shape[2:]))}'
         print(f'{title:18} {"multiply-accumulates":>22} {"BatchNorm":>14}')
-        counted = count(network, x)
-        for part, (macs, norms) in [*counted.items(), ('total', tuple(map(sum, zip(*counted.values()))))]:
+        for part, function in (('backbone', network.features), ('with its head', network)):
+            macs, norms = count(function, x)
             print(f'  {part:16} {macs:22,} {norms:14,}')
         print()
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `flops.py | head`
     main()

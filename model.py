@@ -243,8 +243,7 @@ class OmniSlowOnly(nn.Module):
     def to_normalized(self, x: Tensor) -> Tensor:
         """uint8 or float pixels 0..255 -> mean 0, deviation 1. Raises ValueError if the first batch of floats
         is not above 1: pixels scaled to 0..1 would all look black."""
-        can_check = not (self.checked_range or x.is_meta or torch.compiler.is_compiling())
-        if can_check and x.is_floating_point():
+        if x.is_floating_point() and not (self.checked_range or torch.compiler.is_compiling()):
             if x.max() <= 1:
                 raise ValueError('pixels are at most 1; the network takes uint8, or floats from 0 to 255')
             self.checked_range = True  # once is enough: on a GPU, looking at a value waits for it

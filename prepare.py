@@ -39,7 +39,7 @@ def check(source: str, root: str = '', out: str = 'bad_samples.txt') -> None:
     """
     check_writable(out)
     if os.path.isdir(source):
-        jobs = [(path, sources.is_image(path)) for path in files_of(source)]
+        jobs = [(path, sources.is_image(path)) for path in sources.files_of(source)]
     elif sources.is_image(source) or source.lower().endswith(sources.VIDEO_ENDINGS):
         jobs = [(source, sources.is_image(source))]
     else:
@@ -50,14 +50,6 @@ def check(source: str, root: str = '', out: str = 'bad_samples.txt') -> None:
         sources.check_there(files, source, '--root')
         jobs = [(files.path(index), as_image) for index in range(len(files))]
     work_through(check_file, [*dict.fromkeys(jobs)], source, out)  # a list may name a file twice
-
-
-def files_of(folder: str) -> list[str]:
-    """The videos and images below a folder. Raises ValueError if there are none."""
-    paths = sources.files_below(folder, sources.VIDEO_ENDINGS + sources.image_endings())
-    if not paths:
-        raise ValueError(f'{folder}: no videos or images below it')
-    return paths
 
 
 def work_through(function: Callable, jobs: list[tuple], title: str, out: str) -> None:
@@ -97,7 +89,7 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
     """
     if Path(target).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f'{target}: the copy needs a folder of its own outside {source}')
-    paths = files_of(source)
+    paths = sources.files_of(source)
     copies = [os.path.join(target, os.path.relpath(path, source)) for path in paths]
     there = sum(map(os.path.exists, copies))
     if there:
@@ -117,27 +109,16 @@ def encode(source: str, target: str, short_side: int = 256, gop: int = 4, crf: i
 
 
 def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, crf: int = 21) -> None:
-    """Re-encode a video or image, its short side at most `short_side`, or copy it if it is as small already
-    (a video: H.264 with as many key frames). A damaged source can raise any Exception.
+    """Re-encode a video or image, its short side at most `short_side`. A damaged source can raise any
+    Exception.
 
     A `target` that exists is finished, because it is written beside and renamed; it is left alone.
     """
     if os.path.exists(target) and os.path.getsize(target):  # a power cut can leave it empty
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    part, as_image = f'{target}.part', sources.is_image(source)
-    if as_image:
-        with open_image(source) as image:
-            small = min(image.size) <= short_side
-    else:
-        with VideoReader(source) as video:
-            codec = video.stream.codec_context
-            quick = codec.name == 'h264' and video.group <= gop
-            small = quick and min(codec.width, codec.height) <= short_side
-    if small:
-        check_file(source, as_image)
-        shutil.copyfile(source, part)
-    elif as_image:
+    part = f'{target}.part'
+    if sources.is_image(source):
         encode_image(source, part, short_side)
     else:
         encode_video(source, part, short_side, gop, crf)
@@ -145,10 +126,13 @@ def encode_file(source: str, target: str, short_side: int = 256, gop: int = 4, c
 
 
 def encode_image(source: str, target: str, short_side: int) -> None:
-    """Write a JPEG of quality 90, upright."""
+    """Write a JPEG of quality 90, upright; or a copy, if the picture is as small already."""
     with open_image(source) as image:
         image = upright(image).convert('RGB')
     height, width = data.short_side_to(short_side, image.height, image.width)
+    if height >= image.height:
+        shutil.copyfile(source, target)
+        return
     image.resize((width, height), Image.Resampling.BICUBIC).save(target, 'JPEG', quality=90)
 
 
@@ -226,7 +210,7 @@ def show(args: argparse.Namespace) -> None:
 # demo: a small set of real files --------------------------------------------------------------------------
 
 DEMO_PATTERNS = {  # where each is bright; coordinates grow by 1 per repetition
-    'stripes': lambda y, x: (y % 1 < 0.5) | (0 * x > 0),
+    'stripes': lambda y, x: (y + 0 * x) % 1 < 0.5,
     'checks': lambda y, x: (y % 1 < 0.5) ^ (x % 1 < 0.5),
     'dots': lambda y, x: (y % 1 - 0.5) ** 2 + (x % 1 - 0.5) ** 2 < 0.35**2,
     'zigzag': lambda y, x: (y + abs(x % 1 - 0.5)) % 1 < 0.5,

@@ -16,6 +16,7 @@ import argparse
 import math
 import os
 import shlex
+import time
 from contextlib import nullcontext
 
 import torch
@@ -191,13 +192,15 @@ def train_step(
     the dropout of each batch; nothing else here is random. `step` counts from 0 through the run.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
-    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
+    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed; the running
+    statistics are, but then `Log.check` ends the run before they are saved.
     """
     set_momentum(network, step)
-    statistics = running_statistics(network)
-    results, accumulating = [], len(batches) > 1 and len(statistics) > 0
+    statistics, results = running_statistics(network), []
+    accumulating = len(batches) > 1 and len(statistics) > 0
     if accumulating:
-        before, averaged = torch._foreach_mul(statistics, 1), torch._foreach_mul(statistics, 0)
+        before = [value.clone() for value in statistics]
+        averaged = [torch.zeros_like(value) for value in statistics]
     optimizer.zero_grad()
     for n, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
@@ -217,19 +220,18 @@ def train_step(
         scaler.scale(loss).backward()  # the shared weights get the gradients of both
         if accumulating:
             torch._foreach_add_(averaged, statistics, alpha=1 / len(batches))
-        results.append({})
+        results.append({f'{name}_loss': value.detach() for name, value in losses.items()})
         for source in batch:
-            results[-1][f'{source}_loss'] = losses[source].detach()
             results[-1][f'{source}_top1'] = (logits[source].argmax(1) == labels[source]).float().mean()
     if accumulating:
         torch._foreach_copy_(statistics, averaged)
-    # The same as once an epoch, as the reference does it, because a moving average is linear.
+    # Once an epoch would give the same, as the reference does it, because a moving average is linear.
     distributed.average(statistics)
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
     if precision != 'fp16':
-        # By GradScaler's protocol a fused optimizer skips its update where this is 1, without waiting for
-        # the GPU. In fp16 the scaler sets it.
+        # A fused optimizer skips its update where this is 1, on the GPU, so nothing waits. It belongs to
+        # GradScaler's protocol; in fp16 the scaler sets it.
         optimizer.found_inf = (~grad_norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
@@ -240,37 +242,31 @@ def train_step(
 
 
 def wrap(network: nn.Module, args: argparse.Namespace, sources: list, device: torch.device) -> nn.Module:
-    """What is trained: the network, compiled and in DistributedDataParallel if asked for. It shares the
-    network's weights."""
+    """What `train_step` calls: the network, compiled if asked for, and in DistributedDataParallel if there
+    are several processes. It shares the network's weights."""
     wrapped = network
     if args.compile:
         with together():
             distributed.check_compiler(device)
-        # Without the first, Inductor gives up channels-last at temporal convolutions that have fewer outputs
-        # than inputs. CUDA graphs save 1,500 launches a step; with --accumulate a second batch would
+        # Without a forced layout, Inductor gives up channels-last at temporal convolutions that have fewer
+        # outputs than inputs. CUDA graphs save 1,500 launches a step; with --accumulate a second batch would
         # overwrite the first one's gradients.
         options = {'force_layout_optimization': True, 'triton.cudagraphs': args.accumulate == 1}
         wrapped = torch.compile(wrapped, options=options)
     if world_size() > 1:
         gpu = [device.index] if device.type == 'cuda' else None
         wrapped = DistributedDataParallel(wrapped, gpu, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # as an argument it is deprecated; the new one needs torch 2.13
+        # `train_step` averages the statistics. (The argument is deprecated, its successor needs torch 2.13.)
+        wrapped.broadcast_buffers = False
         # DDP reorders its buckets, and so its sums, after its first backward pass. A pass on zeros triggers
-        # that now, so that the first step after a restart adds up in the same order as any other.
+        # that now, so that the first step after a restart adds up in the same order as any other. In eval
+        # mode it changes no statistics.
         zeros = {s.name: torch.zeros(1, *s.train.shape, dtype=torch.uint8, device=device) for s in sources}
         with torch.compiler.set_stance('force_eager'):
             logits = wrapped.eval()(zeros)
             loss = sum(part.sum() for part in logits.values())
             loss.backward()
     return wrapped.train()
-
-
-def agree_on(args: argparse.Namespace, precision: str, digests: dict, saved: dict | None) -> None:
-    """End the run with a line if processes differ in what they have been told or have found."""
-    state = [saved[key] for key in ('step', 'epoch', 'best')] if saved else None
-    may_differ = ('_list', '_root', '_labels', '_dir', 'workers')  # each node may have its own paths
-    settings = {key: value for key, value in vars(args).items() if not key.endswith(may_differ)}
-    distributed.agree((state, digests, precision, settings), 'settings, lists or checkpoints')
 
 
 def load_batches(sampler: data.JointSampler, steps: range, my_batches: range, sources: list, workers: int):
@@ -292,7 +288,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     with together():
         logger = log.Log(args.work_dir, device)  # makes the folder and locks it
         saved, path = checkpoint.find(args.resume, logger.folder, args.demo)
-        given = checkpoint.fit_size(args, saved, path)
+        given = checkpoint.fit_size(args, saved, path)  # the checkpoint of --init, if any; sets sizes in args
         sources = open_sources(args)
         sizes = {source.name: len(source.train) for source in sources}
         per_gpu = {source.name: source.per_gpu for source in sources}
@@ -302,14 +298,14 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         if saved:
             compare_data(saved, args, sources, path)
     digests = {source.name: fingerprints(source) for source in sources}
-    agree_on(args, precision, digests, saved)
+    where = [saved[key] for key in ('step', 'epoch', 'best')] if saved else None
+    distributed.agree(args, precision=precision, lists=digests, state=where)
 
     # 2. The network with its first weights: random ones, a checkpoint's, or those that a flag names.
     torch.manual_seed(args.seed)
-    classes = {f'{source.name}_classes': source.classes for source in sources}
-    classes = {'video_classes': 0, 'image_classes': 0} | classes
-    hidden = checkpoint.hidden_units(given, classes['video_classes'])
-    network = OmniSlowOnly(**classes, layers=args.layers, width=args.width, hidden=hidden).to(device)
+    classes = {'video_classes': 0, 'image_classes': 0}  # 0: no such head
+    classes |= {f'{source.name}_classes': source.classes for source in sources}
+    network = OmniSlowOnly(**classes, layers=args.layers, width=args.width).to(device)
     with together():
         if saved:
             checkpoint.load_into(network, saved['model'], path)
@@ -321,7 +317,8 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
 
     # 3. The state of a run: steps done, epochs done and validated, the best top-1 with the set it belongs to.
-    # The rate, the order of samples and all random numbers follow from the step and the settings.
+    # The rate, the order of samples and all random numbers follow from the step and the settings, so a
+    # checkpoint needs no state of a sampler or a random generator.
     step, epoch, best_top1, best_on = 0, 0, -1.0, None
     steps_per_epoch = sampler.steps_per_epoch
     if saved:  # by `save`, below
@@ -346,37 +343,40 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
     def save(*names: str) -> None:
         state = {
             'model': network.state_dict(),
-            'optimizer': optimizer.state_dict(),
-            'scaler': scaler.state_dict(),
+            'optimizer': optimizer.state_dict(),  # its momentum is read back; rates and the like are settings
+            'scaler': scaler.state_dict(),  # empty but in fp16
             'step': step,
-            'steps_per_epoch': steps_per_epoch,
+            'steps_per_epoch': steps_per_epoch,  # the unit of `step`
             'epoch': epoch,
             'best': [best_top1, best_on],
-            'settings': vars(args),
+            'settings': vars(args),  # evaluate.py reads sizes and lists; a resumed run says what has changed
             **{f'{source.name}_labels': source.labels for source in sources},
-            'lists': digests,
+            'lists': digests,  # a resumed run must not give the same files other labels
         }
         with together():
             if rank() == 0:
                 checkpoint.write(state, logger.folder, *names)
 
-    # 4. The loop. Saving and stopping are asked for in one place, before each step.
+    # 4. The loop. Saving and stopping are asked for in one place, before each step. `ask`, `check`, `line`,
+    # `save` and `validate` are collective: all processes must call them, in the same order.
+    validated = [source.name for source in sources if source.val is not None]
     upcoming = None
     while epoch < args.epochs:
         end = (epoch + 1) * steps_per_epoch
-        logger.begin(epoch, args.epochs, step, end)
+        logger.begin(epoch, args.epochs, step, steps_per_epoch)
         if upcoming is None:
             steps = range(step, args.epochs * steps_per_epoch)
             upcoming = load_batches(sampler, steps, my_batches, sources, workers)
         while step < end:
-            with logger.waiting():
-                drawn = [next(upcoming) for _ in my_batches]
-            save_now, stop = guard.ask(drawn, epoch)  # all processes together, once a step
-            if save_now or stop:
+            start = time.perf_counter()
+            drawn = [next(upcoming) for _ in my_batches]
+            logger.data_time += time.perf_counter() - start
+            save_now, stop_signal = guard.ask(drawn, epoch)
+            if save_now or stop_signal:
                 logger.check()
                 save('latest.pth')
-            if stop:
-                guard.leave(stop)
+            if stop_signal:
+                guard.leave(stop_signal)
 
             lr = learning_rate(step, steps_per_epoch, args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
@@ -386,26 +386,24 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
                 wrapped, optimizer, scaler, drawn, seeds, step, device, precision, args.clip_norm
             )
             step += 1
-            logger.add(drawn, results, grad_norm)
+            logger.add(results, grad_norm)
             if (step - epoch * steps_per_epoch) % args.log_interval == 0 or step in (1, end):
                 logger.line(lr, guard.unreadable)
 
         milestone = (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs
-        names = [f'epoch_{epoch + 1}.pth', 'latest.pth']  # in this order: resuming tries latest.pth first
+        if milestone and validated:
+            save('latest.pth')  # a run that ends before its validation does can go on with that
+        epoch += 1
         if milestone:
             upcoming = None  # next come fresh workers, because decoding leaves a little memory in use
-            if any(source.val is not None for source in sources):
-                save('latest.pth')  # so that a failed validation loses nothing
-            result = evaluate.validate(network, sources, precision, workers)
-            if result:
+            names = [f'epoch_{epoch}.pth', 'latest.pth']  # in this order: resuming tries latest.pth first
+            if validated:
+                result = evaluate.validate(network, sources, precision, workers)
                 logger.validation(result)
-                top1 = next(iter(result.values()))  # of the first source that has a validation set
-                val_set = next(digest for _, digest in digests.values() if digest)
+                top1, val_set = result[f'{validated[0]}_top1'], digests[validated[0]][1]
                 if top1 > best_top1 or val_set != best_on or not (logger.folder / 'best.pth').exists():
                     best_top1, best_on = top1, val_set
                     names.insert(0, 'best.pth')
-        epoch += 1
-        if milestone:
             save(*names)
     guard.close()
     logger.close()
@@ -430,10 +428,8 @@ def main(argv: list[str] | None = None) -> nn.Module:
                     say(f'\nevaluate.py {ckpt}{flag}')
                     evaluate.run(evaluate.parse_args(shlex.split(ckpt + flag)), device)
         example = 'YOUR_FILE'
-        if args.demo:
-            example = f'{args.image_val_root}/dots_000.jpg'
-            if not args.image_only:
-                example = f'{args.val_root}/dots_rising_000.mp4'
+        if args.demo and not args.image_only:
+            example = 'data/demo/videos_val/dots_rising_000.mp4'
         say(f'\nNext: python evaluate.py {ckpt} {example}')
     return network
 

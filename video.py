@@ -7,7 +7,6 @@ with VideoReader('clip.mp4') as video:
 import contextlib
 import os
 import stat
-from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from runtime.headers import Hevc, Unsure, codec_of, require
 # FFmpeg's names of what is opened. Playlists and the like, which lead to other files, are not among them.
 FORMATS = 'mov,matroska,avi,flv,mpegts,mpeg,asf,gif,ogg,mxf,nut,ivf,yuv4mpegpipe,h264,hevc,m4v,mpegvideo'
 MAX_PIXELS = 89_478_485  # of a frame, 2.7 times those of 8K: a small file can claim more than memory holds
-SMALL = 8_000_000  # bytes of a file whose packets are kept
 # Before PyAV 19, text that is not UTF-8 would be an error.
 LENIENT = {'metadata_errors': 'ignore'} if int(av.__version__.split('.')[0]) < 19 else {}
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
@@ -59,11 +57,6 @@ class VideoReader:
 
     def __len__(self) -> int:
         return len(self._pts)
-
-    @property
-    def group(self) -> float:
-        """The average number of frames from one place where decoding can begin to the next."""
-        return len(self) / len(np.unique(self._index.start)) if self._index else len(self)
 
     def __enter__(self) -> 'VideoReader':
         return self
@@ -176,11 +169,8 @@ class VideoReader:
         """Yield frames, decoding from the packet at place `start` on until all `needed` places have come."""
         codec, index, place = self.stream.codec_context, self._index, start
         codec.flush_buffers()
-        packets = index.packets[start:]
-        if not packets:
-            self._container.seek(index.seek[start], stream=self.stream)
-            packets = self._container.demux(self.stream)
-        for packet in packets:
+        self._container.seek(index.seek[start], stream=self.stream)
+        for packet in self._container.demux(self.stream):
             if place == start and packet.pts != index.pts[start]:  # it is before
                 continue
             require(packet.pts == index.pts[place])
@@ -280,15 +270,14 @@ class Index(NamedTuple):
     place: np.ndarray  # of each frame number
     number: dict[int, int]  # frame number of each presentation time
     skip: str  # what the decoder may leave out
-    packets: list[av.Packet]  # of a small file, all of them, so that it is read once
 
 
 def make_index(container: av.container.InputContainer, stream: av.VideoStream) -> Index:
     """Read through the packets. Raises Unsure unless decoding from the middle is sure to be exact."""
     require(container.format.name.split(',')[0] in ('mov', 'matroska'))
     codec = codec_of(stream)
-    pts, seek, start, order, packets = [], [], [], [], []
-    before = latest = -1  # the last two starts
+    pts, seek, start, order = [], [], [], []
+    before = latest = -1  # places of the last two starts
     for packet in container.demux(stream):
         if not packet.size:  # the end
             continue
@@ -300,25 +289,22 @@ def make_index(container: av.container.InputContainer, stream: av.VideoStream) -
             before, latest = latest, len(pts)
         pts.append(packet.pts)
         seek.append(packet.pts if packet.dts is None else packet.dts)
+        # Pictures shown before a start but decoded after it may need the group before.
         start.append(before if packet.pts < pts[latest] else latest)
         order.append(when)
-        if container.size < SMALL:
-            packets.append(packet)
     require(min(start, default=-1) >= 0 and len(set(pts)) == len(pts))
     place = np.argsort(pts)
     # A decoder goes by what pictures say of their order, which the times can contradict.
     shown = [order[each] for each in place]
     require(shown == sorted(set(order)))
-    seen = []
-    for when in order:  # libavcodec drops some if more have to wait than it knows
-        at = bisect(seen, when)
-        require(len(seen) - at <= codec.can_wait)
-        seen.insert(at, when)
+    # So many pictures shown later come before each. libavcodec drops some if more wait than it expects.
+    waiting = np.arange(len(pts)) - np.argsort(place)
+    require(waiting.max() <= stream.codec_context.reorder_depth)
     if isinstance(codec, Hevc) and len(pts) > 1:
         # libavcodec leaves out what refers to a lost picture. None is lost if times and counts grow evenly.
         steps = np.diff(np.sort(pts))
-        counts = {later[1] - each[1] for each, later in pairwise(shown) if later[0] == each[0]}
+        pairs = pairwise(shown)
+        counts = {later - count for (sequence, count), (next_one, later) in pairs if sequence == next_one}
         require(steps.max() < 2 * steps.min() and len(counts) <= 1)
     number = {pts[each]: number for number, each in enumerate(place)}
-    skip = 'NONREF' if codec.can_skip else 'DEFAULT'
-    return Index(pts, seek, np.array(start), place, number, skip, packets)
+    return Index(pts, seek, np.array(start), place, number, codec.skip)

@@ -260,15 +260,6 @@ def size_of(state: dict[str, Tensor], path: str) -> dict:
     return size
 
 
-def hidden_units(given: dict | None, video_classes: int) -> int | None:
-    """`hidden` of the network whose video head a checkpoint can give; None if it has other classes."""
-    if given:
-        size = OmniSlowOnly.size_of(given['model'])
-        if size['video_classes'] == video_classes:
-            return size.get('hidden')
-    return None
-
-
 def build(saved: dict, path: str) -> OmniSlowOnly:
     """The network of a checkpoint, its size read from the weights, in eval mode."""
     network = OmniSlowOnly(**size_of(saved['model'], path))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from itertools import zip_longest
+from itertools import repeat
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import one_line
 from runtime.distributed import CONTEXT, cores, end_with_parent, say
 
 # Command lines --------------------------------------------------------------------------------------------
@@ -85,9 +84,10 @@ def whole_file(path: str, mode: str = 'wb', **options) -> Iterator[IO]:
             yield file
         os.replace(beside, path)
     except OSError as error:
+        raise OSError(f'{path} cannot be written ({data.one_line(error)})') from None
+    finally:
         if beside != path:
             Path(beside).unlink(missing_ok=True)
-        raise OSError(f'{path} cannot be written ({data.one_line(error)})') from None
     say(f'wrote {path}')
 
 
@@ -143,21 +143,27 @@ def in_parallel(function: Callable, jobs: list[tuple], title: str) -> Iterator[t
     with tqdm(total=len(jobs), desc=title, unit='file', disable=None) as bar:
         for start in range(0, len(jobs), 64 * count):
             part = jobs[start : start + 64 * count]
-            with pool_of(count) as pool:
-                futures = []
-                with suppress(BrokenProcessPool):  # a process can die before all are handed over
-                    for job in part:
-                        futures.append(pool.submit(attempt, function, job))
-                for job, future in zip_longest(part, futures):
-                    try:
-                        reason = future.result() if future else attempt_alone(function, job)
-                    except BrokenProcessPool:  # nobody knows whose job the process had
-                        reason = attempt_alone(function, job)
-                    bar.update()
-                    if bar.disable and time.monotonic() > said + 60:  # no terminal: a line a minute
-                        said = time.monotonic()
-                        say(f'{title}, {len(jobs)} files: has come to {job[0]}', sys.stderr)
-                    yield job, reason
+            for reason, job in zip(reasons(function, part, count), part):
+                bar.update()
+                if bar.disable and time.monotonic() > said + 60:  # no terminal: a line a minute
+                    said = time.monotonic()
+                    say(f'{title}, {len(jobs)} files: has come to {job[0]}', sys.stderr)
+                yield job, reason
+
+
+def reasons(function: Callable, jobs: list[tuple], count: int) -> Iterator[str]:
+    """The reason of each job, from `count` processes. One that dies takes the others with it, and nobody
+    knows whose job it had, so those left are done again, each alone."""
+    done = 0
+    with pool_of(count) as pool, suppress(BrokenProcessPool):
+        for reason in pool.map(attempt, repeat(function), jobs):
+            done += 1
+            yield reason
+    if not done and len(jobs) == 1:
+        yield 'its process died: a decoder crash, or out of memory'
+    else:
+        for job in jobs[done:]:
+            yield from reasons(function, [job], 1)
 
 
 @contextmanager
@@ -186,16 +192,7 @@ def attempt(function: Callable, job: tuple) -> str:
     except Exception as error:  # damaged files make decoders raise anything
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise OSError(f'{error}; the files that are finished stay') from None
-        return one_line(error)
+        return data.one_line(error)
     finally:
         gc.collect()  # a few large frames may wait for it
     return ''
-
-
-def attempt_alone(function: Callable, job: tuple) -> str:
-    """The same, in a process of its own that may die."""
-    with pool_of(1) as pool:
-        try:
-            return pool.submit(attempt, function, job).result()
-        except BrokenProcessPool:
-            return 'its process died: a decoder crash, or out of memory'

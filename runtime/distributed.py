@@ -3,6 +3,7 @@
 Begin with `processes`, which main opens. Without torchrun there is one process, and nothing is sent.
 """
 
+import argparse
 import fcntl
 import gc
 import math
@@ -95,9 +96,7 @@ def join(program: str) -> torch.device:
             sys.exit(line if local_rank == 0 else 1)
         device, backend = torch.device('cuda', local_rank), 'cpu:gloo,cuda:nccl'
         torch.cuda.set_device(device)
-        # "fp32" on a GPU is TF32, as convolutions have it by default. (The newer way to say it breaks
-        # torch.compile before torch 2.11: pytorch issue 166387.)
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision('high')  # "fp32" on a GPU is TF32, as convolutions have it already
     if 'RANK' in os.environ or 'WORLD_SIZE' in os.environ:
         join_others(program, backend)
         return device
@@ -113,22 +112,21 @@ def join_others(program: str, backend: str) -> None:
 
     Raises UserError if a variable is wrong or the port is in use.
     """
-    joined, all_here = 1, threading.Event()
+    all_here = threading.Event()
 
-    def say_what_is_missing() -> None:
+    def say_that_it_waits() -> None:
         seconds = 10
         while not all_here.wait(seconds):
-            missing = f'{world_size - joined} of {world_size} processes'
-            say(f'{program}: rank {rank} waits for {missing} at {host}:{port}')
+            say(f'{program}: rank {own_rank} of {processes} waits for the others at {host}:{port}')
             seconds = 60
 
     try:
-        rank, world_size, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        own_rank, processes, port = (int(os.environ[key]) for key in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
         host = os.environ['MASTER_ADDR']
-        if not 0 <= rank < world_size:
-            raise ValueError(f'ranks are 0 to {world_size - 1}, not {rank}')
-        threading.Thread(target=say_what_is_missing, daemon=True).start()
-        is_server = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        if not 0 <= own_rank < processes:
+            raise ValueError(f'ranks are 0 to {processes - 1}, not {own_rank}')
+        threading.Thread(target=say_that_it_waits, daemon=True).start()
+        is_server = own_rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         store = dist.TCPStore(host, port, None, is_server, PATIENCE, wait_for_workers=False)
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).partition('\n')[0]
@@ -138,13 +136,9 @@ def join_others(program: str, backend: str) -> None:
         # torchrun keeps this store when it restarts the processes, which must not see the old ones' keys
         # (pytorch issue 135712). On several nodes the counts may differ; docs/runs.md says what helps.
         store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
-    joined = store.add('joined', 1)
-    while joined < world_size:
-        time.sleep(0.1)
-        joined = store.add('joined', 0)
-    all_here.set()
     # gloo carries what lies on the CPU (flags, scores), so that nothing waits for a GPU
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=processes)
+    all_here.set()
 
 
 def pick_precision(asked: str | None, device: torch.device) -> tuple[str, str]:
@@ -205,10 +199,13 @@ def add_up(*numbers: int) -> list[int]:
     return sums.tolist()
 
 
-def agree(value, what: str) -> None:
-    """UserError unless all ranks have the same value; `what` names it in a few words."""
-    if gather(value) != [value] * world_size():
-        raise UserError(f'the processes found different {what}; all nodes must share these')
+def agree(args: argparse.Namespace, **found) -> None:
+    """UserError unless all ranks have the same settings and have `found` the same in files."""
+    may_differ = ('_list', '_root', '_labels', '_dir', 'workers')  # each node may have its own paths
+    settings = {key: value for key, value in vars(args).items() if not key.endswith(may_differ)}
+    own = settings | found
+    if gather(own) != [own] * world_size():
+        raise UserError('the processes differ in settings, lists or checkpoints; all nodes must share these')
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -292,7 +289,7 @@ def loader(dataset: Dataset, workers: int, batch_bytes: int, held: int = 1, **op
     """A DataLoader whose workers leave stop signals to the main process and end with it. The main process
     uses `held` batches at a time."""
     with together():  # all processes of a machine measure before one of them fills it
-        check_shared_memory(batch_bytes * (2 * workers + 2 * held), workers)
+        check_shared_memory(batch_bytes, workers, held)
     if workers:
         # A worker that is forked while a thread of gloo lets go of what it has sent never starts in Python
         # before 3.10.15 and 3.11.10 (cpython issue 112275).
@@ -320,12 +317,13 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def check_shared_memory(needed: int, workers: int) -> None:
-    """Raise UserError if /dev/shm is too small for the batches of all processes: two for each worker, and as
-    many as are in use and handed over."""
+def check_shared_memory(batch_bytes: int, workers: int, held: int) -> None:
+    """Raise UserError if /dev/shm is too small for the batches of all processes of this machine: two of each
+    worker, those that the main process uses, and the next ones that were handed over to it."""
     if workers and os.path.exists('/dev/shm'):  # macOS has none
         processes = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
-        needed, free = needed * processes, shutil.disk_usage('/dev/shm').free
+        needed = processes * batch_bytes * (2 * workers + 2 * held)
+        free = shutil.disk_usage('/dev/shm').free
         if free < needed:
             raise UserError(
                 f'/dev/shm has {free >> 20} MB free, the batches of {processes} x {workers} loader workers '

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data import Batch
-from runtime.distributed import STOP_SIGNALS, UserError, add_up, rank, say, stop_together, writing
+from runtime.distributed import STOP_SIGNALS, UserError, add_up, gather, rank, say, stop_together, writing
 
 
 class Guard:
@@ -24,8 +24,7 @@ class Guard:
         self.received, self.since, self.last_save = 0, 0.0, time.monotonic()
         self.launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         # A hangup that `nohup` has shielded the run from stays ignored.
-        ignored = [s for s in STOP_SIGNALS if signal.getsignal(s) == signal.SIG_IGN and s != signal.SIGINT]
-        self.signals = [signum for signum in STOP_SIGNALS if signum not in ignored]
+        self.signals = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
         for signum in self.signals:
             signal.signal(signum, self._note)
 
@@ -55,9 +54,9 @@ class Guard:
         is_due = rank() == 0 and time.monotonic() - self.last_save > 60 * self.save_minutes
         if self.launcher is not None and self.launcher != os.getppid() and not self.received:
             self.received = signal.SIGTERM  # a killed torchrun has left this process behind
-        asked = [self.received == signum for signum in STOP_SIGNALS]
         # The one question of a step. What follows depends on the sums alone, so all ranks do the same.
-        in_trouble, due, unreadable, drawn, *asked = add_up(len(hopeless), is_due, len(bad), drawn, *asked)
+        counts = len(hopeless), is_due, len(bad), drawn, self.received > 0
+        in_trouble, due, unreadable, drawn, stopped = add_up(*counts)
         if in_trouble:
             stop_together(f'11 samples in a row are unreadable, the last {hopeless[0]}' if hopeless else '')
 
@@ -77,7 +76,7 @@ class Guard:
             )
         if due:
             self.last_save = time.monotonic()
-        return bool(due), next((signum for signum, count in zip(STOP_SIGNALS, asked) if count), 0)
+        return bool(due), max(gather(self.received)) if stopped else 0
 
     def leave(self, signum: int) -> None:
         """End the run, which a signal has stopped and which has been saved."""

@@ -21,8 +21,8 @@ def codec_of(stream: av.VideoStream) -> 'InOrder | H264 | Hevc':
     """What reads the packets of a stream, each of which must be one picture that is shown.
 
     `look(packet)` gives whether decoding can begin there, and what to sort pictures by. If it can, then only
-    those shown before this picture may need earlier ones. A decoder holds back as many as `can_wait` until
-    those to be shown before have come. It `can_skip` pictures that nothing refers to.
+    those shown before this picture may need earlier ones. `skip` is what the decoder may leave out: where it
+    is sure, pictures that nothing refers to.
     """
     name = stream.codec_context.codec.canonical_name
     if name in ('vp8', 'vp9', 'av1'):
@@ -35,7 +35,7 @@ def codec_of(stream: av.VideoStream) -> 'InOrder | H264 | Hevc':
 class InOrder:
     """VP8, VP9 and AV1: pictures are shown in the order of the file."""
 
-    can_skip, can_wait = False, 0
+    skip = 'DEFAULT'
 
     def __init__(self, name: str, stream: av.VideoStream):
         self.name, self.count = name, 0
@@ -45,8 +45,8 @@ class InOrder:
     def look(self, packet: av.Packet) -> tuple[bool, int]:
         data, self.count = bytes(packet), self.count + 1
         copy = av.Packet(data)
-        copy.pts = 0
-        # A packet can have several pictures. After splitting, those that are not shown have no time.
+        copy.pts = 0  # any time
+        # A packet may hold several pictures. The splitter gives its time only to those that are shown.
         require(sum(picture.pts is not None for picture in self.splitter.filter(copy)) == 1)
         require(self.name != 'vp8' or data[0] & 16 > 0)  # shown
         # A key frame of AV1 needs its sequence header, a unit of type 1.
@@ -57,7 +57,7 @@ class InOrder:
 class Units:
     """H.264 and HEVC: a packet is units, each after its length. Slices among them make up a picture."""
 
-    can_skip, can_wait = True, 0
+    skip = 'NONREF'
     order_bits = sequence = last = 0  # see `order`
 
     def look(self, packet: av.Packet) -> tuple[bool, tuple[int, int]]:
@@ -85,8 +85,10 @@ class Units:
             self.sequence, self.last = self.sequence + 1, 0
         require(self.sequence > 0)  # pictures that follow another beginning may be dropped
         size = 2**self.order_bits
-        half = size // 2
-        count = self.last + (low - self.last + half - 1) % size - half + 1
+        step = (low - self.last) % size  # to the next count that ends in these bits
+        if step > size // 2:  # the last one that does is nearer
+            step -= size
+        count = self.last + (step if self.order_bits else 1)
         if is_kept or self.order_bits == 0:
             self.last = count
         return self.sequence, count
@@ -97,12 +99,8 @@ class H264(Units):
 
     def __init__(self, extradata: bytes):
         self.extradata, self.prefix = extradata, extradata[4] % 4 + 1
-        record = Bits(extradata[5:])
-        require(record.take(8) & 31 == 1)  # one sequence
-        size = record.take(16)
-        self._read_sequence(Bits(payload(record.take(8 * size).to_bytes(size, 'big')[1:])))
-
-    def _read_sequence(self, bits: 'Bits') -> None:
+        require(extradata[5] & 31 == 1)  # one sequence; its length and type follow
+        bits = Bits(payload(extradata[9:]))
         profile = bits.take(8)
         # Baseline, Main, High, High 10, High 4:2:2. How 4:4:4 is decoded depends on the x264 version.
         require(profile in (66, 77, 100, 110, 122))
@@ -121,27 +119,6 @@ class H264(Units):
         require(bits.take(1) == 0)  # frame_num may skip some
         bits.unsigned(2)  # width, height
         require(bits.take(1) == 1)  # no fields
-        bits.take(1)
-        if bits.take(1):  # cropping
-            bits.unsigned(4)
-        if bits.take(1):
-            self._read_usability(bits)
-
-    def _read_usability(self, bits: 'Bits') -> None:
-        """How many pictures can wait. If it is not said, libavcodec learns it too late: then none can."""
-        if bits.take(1) and bits.take(8) == 255:  # shape of pixels
-            bits.take(32)
-        if bits.take(1):  # overscan
-            bits.take(1)
-        if bits.take(1) and bits.take(5) & 1:  # format and range, colours
-            bits.take(24)
-        if bits.take(1):  # place of chroma
-            bits.unsigned(2)
-        if bits.take(1):  # timing
-            bits.take(65)
-        if bits.take(2) == 0 and bits.take(2) & 1:  # no models of buffers (they are long), but restrictions
-            bits.take(1)
-            self.can_wait = bits.unsigned(5)
 
     def type_of(self, unit: memoryview) -> int:
         return unit[0] & 31
@@ -191,9 +168,7 @@ class Hevc(Units):
             bits.unsigned(4)
         bits.unsigned(2)  # depths
         self.order_bits = bits.unsigned() + 4
-        bits.take(1)
-        bits.unsigned()  # pictures in memory
-        self.can_wait = bits.unsigned()
+        require(self.order_bits <= 16)  # more is damage, and 2 to its power would fill the memory
 
     def type_of(self, unit: memoryview) -> int:
         require(unit[0] & 1 == 0 and unit[1] < 8)  # one layer
@@ -216,6 +191,7 @@ class Bits:
     """Reads a header bit by bit; its end raises Unsure."""
 
     def __init__(self, data: bytes):
+        require(len(data) < 10_000)  # each number taken copies what is left
         self.number, self.left = int.from_bytes(data, 'big'), 8 * len(data)
 
     def take(self, count: int) -> int:

@@ -5,8 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,14 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime import distributed
-from runtime.distributed import UserError, locked, peak_memory, rank, say, world_size, writing
+from runtime.distributed import locked, peak_memory, rank, say, world_size, writing
 from runtime.sources import RECIPE
-
-
-def mean_of_each(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each key over the rows that have it."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}
 
 
 class Log:
@@ -40,17 +33,15 @@ class Log:
         self.file = open(self.folder / 'log.jsonl' if rank() == 0 else os.devnull, 'a', buffering=1)
         if rank() == 0 and not locked(self.file):
             raise OSError(f'{folder} is in use by a run; --work-dir takes another folder')
-        self.skipped = 0  # updates in a row
 
-    def begin(self, epoch: int, epochs: int, step: int, end: int) -> None:
-        """An epoch begins or goes on: the run has done `step` steps, and the epoch ends with step `end`."""
+    def begin(self, epoch: int, epochs: int, step: int, steps: int) -> None:
+        """An epoch of `steps` steps begins or goes on; the run has done `step` steps."""
         if self.bar is None and rank() == 0:
             self.open_board(step)
-        self.epoch, self.epochs, self.step, self.end = epoch, epochs, step, end
-        self.steps = end // (epoch + 1)  # of an epoch
-        title, done = f'epoch {epoch + 1}/{epochs}', step - epoch * self.steps
+        self.epoch, self.epochs, self.step, self.steps = epoch, epochs, step, steps
+        title, done = f'epoch {epoch + 1}/{epochs}', step - epoch * steps
         quiet = None if rank() == 0 else True  # None: only if the output is not a terminal
-        self.bar = tqdm(desc=title, total=self.steps, initial=done, leave=False, unit='step', disable=quiet)
+        self.bar = tqdm(desc=title, total=steps, initial=done, leave=False, unit='step', disable=quiet)
         self.new_line()
 
     def open_board(self, step: int) -> None:
@@ -62,47 +53,36 @@ class Log:
 
     def new_line(self) -> None:
         """Begin a new line, and its clock."""
-        self.rows, self.data_time, self.start = [], 0.0, time.perf_counter()
+        self.results, self.norms, self.data_time, self.start = [], [], 0.0, time.perf_counter()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for a batch."""
-        start = time.perf_counter()
-        yield
-        self.data_time += time.perf_counter() - start
-
-    def add(self, batches: list[dict], results: list[dict[str, Tensor]], grad_norm: Tensor) -> None:
-        """Record a step on these batches; `results` and `grad_norm` come from `train_step`."""
-        paths = [path for batch in batches for part in batch.values() for path in part.paths]
-        self.rows.append((self.step, paths, mean_of_each(results), grad_norm))
+    def add(self, results: list[dict[str, Tensor]], grad_norm: Tensor) -> None:
+        """Record a step; `results` and `grad_norm` come from `train_step`."""
+        self.results += results
+        self.norms.append(grad_norm)
         self.step += 1
         self.bar.update()
 
     def check(self) -> None:
         """End all ranks if a loss since the last line is not finite."""
+        losses = [value for result in self.results for key, value in result.items() if key.endswith('_loss')]
         trouble = ''
-        for step, paths, means, _ in self.rows:
-            losses = [value for key, value in means.items() if key.endswith('_loss')]
-            if not torch.stack(losses).isfinite().all():
-                where = f'epoch {self.epoch + 1} step {step - self.epoch * self.steps + 1}, rank {rank()}'
-                shown = [*paths[:5], '...'] if len(paths) > 5 else paths
-                trouble = (
-                    f'loss is not finite in {where}; no checkpoint was affected. Try a lower --lr or '
-                    f'--clip-norm, or look at its {len(paths)} files:\n  ' + '\n  '.join(shown)
-                )
-                break
+        if losses and not torch.stack(losses).isfinite().all():
+            last = self.step - self.epoch * self.steps
+            where = f'epoch {self.epoch + 1}, steps {last - len(self.norms) + 1} to {last}, rank {rank()}'
+            trouble = f'loss is not finite in {where}; no checkpoint has it; try a lower --lr or --clip-norm'
         distributed.stop_together(trouble)
 
     def line(self, lr: float, unreadable: int) -> None:
         """Write the means over all ranks since the last line; every rank calls it."""
         self.check()
-        results = mean_of_each([means for _, _, means, _ in self.rows])
-        means = torch.stack([*results.values()])
+        keys = dict.fromkeys(key for result in self.results for key in result)
+        of_each = [torch.stack([result[key] for result in self.results if key in result]) for key in keys]
+        means = torch.stack([values.mean() for values in of_each])
         distributed.average([means])
-        norms = torch.stack([norm for *_, norm in self.rows]).tolist()
+        norms = torch.stack(self.norms).tolist()
         finite = [norm for norm in norms if math.isfinite(norm)]
         record = {'epoch': self.epoch + 1, 'step': self.step - self.epoch * self.steps, 'lr': lr}
-        record |= dict(zip(results, means.tolist()))
+        record |= dict(zip(keys, means.tolist()))
         record['grad_norm'] = sum(finite) / len(finite) if finite else math.nan
         record['skipped'] = len(norms) - len(finite)
         record['loss'] = sum(value for key, value in record.items() if key.endswith('_loss'))
@@ -117,13 +97,8 @@ class Log:
         say(self.text(record))
         self.write(record, 'train')
         self.bar.set_postfix(loss=record['loss'], lr=f'{lr:.3g}', eta=record['eta'])
-        for norm in norms:
-            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-            if self.skipped >= 50:
-                line = 'no weight was changed in 50 steps, because no gradient was finite'
-                raise UserError(f'{line}; try a lower --lr, or --precision fp32')
         self.new_line()
-        if self.step == self.end:
+        if self.step == (self.epoch + 1) * self.steps:
             self.bar.close()
             if unreadable:
                 say(f'{unreadable} unreadable samples were replaced, see {self.folder}/bad_samples.txt')
@@ -177,17 +152,15 @@ def introduce(
         elif len(source.val) < 200:
             points = 100 / len(source.val)
             say(f'validation has {len(source.val)} {source.name}s: one of them is {points:.1f} points')
-    times = f'{world_size()} x {args.accumulate}' if args.accumulate > 1 else world_size()
-    batch = ' and '.join(f'{times} x {source.per_gpu} {source.name}s' for source in sources)
-    say(f'{steps} steps an epoch of {batch}, {args.epochs} epochs, learning rate {args.lr:g}')
+    batches = f'{world_size()} x {args.accumulate}' if args.accumulate > 1 else world_size()
+    samples = ' and '.join(f'{batches} x {source.per_gpu} {source.name}s' for source in sources)
+    say(f'{steps} steps an epoch of {samples}, {args.epochs} epochs, learning rate {args.lr:g}')
     say('top-1 in training is of augmented crops; validation lags in the first hundreds of steps')
     first = sources[0].name
     times = args.lr / 0.1 * RECIPE[first] / sampler.per_step[first]
     if times > 2 and not (args.demo or args.auto_scale_lr or args.init):
         line = f"the learning rate is {times:.1f} times the recipe's for so many {first}s a step"
         say(f'{line}; --auto-scale-lr makes it the same')
-    if args.freeze:
-        say('frozen: only the heads learn, the rest stays as it is')
     if computing.startswith('cpu') and args.width >= 64:
         say('on a CPU a step of so large a network takes minutes: see "On a small machine" in README.md')
     if args.compile:
@@ -196,9 +169,8 @@ def introduce(
         return
 
     harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
-    before = {'min_area': 0.08} | saved['settings']  # which older runs do not say
     for key, value in vars(args).items():
-        was = before.get(key, value)
+        was = saved['settings'].get(key, value)
         if key not in harmless and value is not None and value != was:
             say(f'changed since the checkpoint: {key} {was} -> {value}')
     if steps != saved['steps_per_epoch']:

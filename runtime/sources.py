@@ -291,6 +291,14 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
     return sorted(found, key=lambda path: path.replace(os.sep, '\0'))  # folder by folder
 
 
+def files_of(folder: str) -> list[str]:
+    """The videos and images below a folder. Raises ValueError if there are none."""
+    paths = files_below(folder, VIDEO_ENDINGS + image_endings())
+    if not paths:
+        raise ValueError(f'{folder}: no videos or images below it')
+    return paths
+
+
 def read_label_map(path: str) -> list[str]:
     """Class names from a text file: one a line, or `name index` or `index name` on every line, from 0.
 

@@ -41,8 +41,8 @@ runtime/guard.py | unreadable files are not counted | is_due, len(bad), drawn, =
 runtime/log.py | a resumed run begins its log anew | os.devnull, 'a', => os.devnull, 'w',
 runtime/log.py | the losses are those of one rank | distributed.average([means]) => pass
 runtime/command.py | a file that kills a process is good | 'its process died => '' and 'its process died
-prepare.py | encode writes in place | part, as_image = f'{target}.part', => part, as_image = target,
-flops.py | a multiply-accumulate counts as two | counted // 2 => counted
+prepare.py | encode writes in place | part = f'{target}.part' => part = target
+flops.py | a multiply-accumulate counts as two | get_total_flops() // 2 => get_total_flops()
 evaluate.py | logits are averaged | logits.float().softmax(1) => logits.float()
 evaluate.py | images are folded with the videos' | if is_image: => if False:
 evaluate.py | --show draws the wrong pictures | dataset[int(i)].pixels => dataset[len(rows)].pixels

@@ -322,16 +322,6 @@ def test_heads_may_differ_where_a_run_starts(trained, capsys):
         assert f'starting from x.pth; new heads: {", ".join(new) or "none"}\n' == capsys.readouterr().out
 
 
-def test_a_head_that_can_be_taken_keeps_its_layers():
-    """That of a plain SlowOnly, or of few classes from before they had one layer."""
-    given = {'model': OmniSlowOnly(5, 6, hidden=10, **SMALL).state_dict()}
-    assert [checkpoint.hidden_units(given, classes) for classes in (5, 7)] == [10, None]
-    assert checkpoint.hidden_units(None, 5) is None
-    network = OmniSlowOnly(5, 6, hidden=10, **SMALL)
-    init(network, given, 'a.pth')
-    assert torch.equal(network.video_head[-1].weight, given['model']['video_head.4.weight'])
-
-
 @pytest.mark.parametrize(('video_classes', 'image_classes'), [(8, 4), (0, 4), (8, 0)])
 def test_what_never_learned_begins_with_the_statistics_of_the_other(video_classes, image_classes, capsys):
     given, network = weights_of(video_classes, image_classes), OmniSlowOnly(3, 5, **SMALL)

@@ -181,11 +181,9 @@ def test_files_are_classified_and_a_table_is_written(demo, network, evaluated, t
     photo, torn = tmp_path / 'a, b/photo.jpg', tmp_path / 'a, b/torn.jpg'
     PIL.Image.new('RGB', (70, 50)).save(photo)
     torn.write_text('no')
-    (tmp_path / 'empty').mkdir()
-    command = [str(tmp_path / 'a, b'), str(tmp_path / 'empty'), '--csv', 'out.csv', '--features', 'files.npz']
-    output = evaluated([*command, '--clips', '2'], code=1)
-    assert f'evaluate.py: {torn}: ' in output.err and output.err.count('\n') == 2
-    assert f'evaluate.py: {tmp_path}/empty: not a regular file' in output.err
+    command = [str(tmp_path / 'a, b'), '--csv', 'out.csv', '--features', 'files.npz', '--clips', '2']
+    output = evaluated(command, code=1)
+    assert f'evaluate.py: {torn}: ' in output.err and output.err.count('\n') == 1
     head, *rows = csv.reader((demo / 'out.csv').read_text().splitlines())
     assert head == ['file', 'rank', 'label', 'score']
     ranks = [[video, rank] for rank in '12345'] + [[str(photo), rank] for rank in '1234']
@@ -198,13 +196,13 @@ def test_files_are_classified_and_a_table_is_written(demo, network, evaluated, t
         assert list(shares) == sorted(shares, reverse=True) and set(labels) <= set(names_of(demo, kind))
 
     arrays = np.load(demo / 'files.npz')
-    assert arrays['paths'].tolist() == [video, str(photo), str(torn), str(tmp_path / 'empty')]
-    assert arrays['features'].shape == (4, 32 * 8) and arrays['features'].dtype == np.float32
+    assert arrays['paths'].tolist() == [video, str(photo), str(torn)]
+    assert arrays['features'].shape == (3, 32 * 8) and arrays['features'].dtype == np.float32
     views = data.VideoDataset(None, 'test', 56, num_clips=2).load(video, None)
     np.testing.assert_allclose(arrays['features'][0], network.features(views).mean(0).detach(), atol=1e-5)
-    assert arrays['scores'].shape == (4, 8) and np.isfinite(arrays['scores'][0]).all()
+    assert arrays['scores'].shape == (3, 8) and np.isfinite(arrays['scores'][0]).all()
     assert np.isnan(arrays['scores'][1]).tolist() == 4 * [False] + 4 * [True]  # images have four classes
-    assert np.isnan(arrays['features'][2:]).all() and np.isnan(arrays['scores'][2:]).all()
+    assert np.isnan(arrays['features'][2]).all() and np.isnan(arrays['scores'][2]).all()
 
 
 def test_file_names_may_be_any_bytes_and_outputs_devices(demo, evaluated, tmp_path, monkeypatch):
@@ -310,7 +308,7 @@ def broken(demo, network):
     """Checkpoints that lack something or have diverged, and a list with a label too high."""
     (demo / 'bad_label.txt').write_text('a.mp4 1\nb.mp4 8\n')
     state = torch.load(demo / 'small.pth', weights_only=True)
-    torch.save(state | {'video_labels': None}, demo / 'nameless.pth')
+    torch.save(state | {'video_labels': None, 'image_labels': None}, demo / 'nameless.pth')
     state['model']['layer1.0.conv1.weight'][0] = float('nan')
     torch.save(state, demo / 'diverged.pth')
 
@@ -325,12 +323,19 @@ def broken(demo, network):
             '--val-list data --ckpt nameless.pth',
             'data/demo: not one of the 8 classes, which begin with class 0, class 1,',
         ),
+        (  # as many folders as classes, but nothing says which is which
+            '--images --val-list data/demo --ckpt nameless.pth',
+            'data/demo/images_train: not one of the 4 classes, which begin with class 0, class 1,',
+        ),
         ('--val-list data', 'data/demo: not one of the 8 classes, which begin with stripes rising,'),
         ('--val-list bad_label.txt', 'bad_label.txt:2: label 8 is out of range'),
         ('--image-labels data/demo/video_labels.txt', '8 names, but the image head has another number'),
         ('--clips 0', "'0' is not a whole number of at least 1"),
-        ('--show wrong.png a.mp4', 'files are for --timeline and --csv; --dump, --show, --images and'),
-        ('--timeline', 'files are for --timeline and --csv'),
+        (
+            '--show wrong.png a.mp4',
+            '--dump, --show, --images and --val-list measure a set; leave out the files',
+        ),
+        ('--timeline', '--timeline and --csv classify files; name some'),
         ('--dump a --features a', 'a: two outputs of one name'),
         ('--crops 1 --ckpt diverged.pth', 'the network gives scores that are not numbers, computing in fp32'),
         ('data/demo/images_val/dots_000.jpg --ckpt diverged.pth', 'scores that are not numbers'),

@@ -264,13 +264,10 @@ def test_encode_makes_images_small_and_copies_what_is_small(folder):
     for name, image, size in (('torn.jpg', picture, 5000), ('torn.png', Image.open('in/small.png'), 200)):
         image.save(f'in/{name}')
         os.truncate(f'in/{name}', size)
-    write_video('in/small.mp4', num_frames=20, options={'g': '4'})
-    write_video('in/long.mp4', num_frames=20, options={'g': '20'})
     ends_with(1, 'encode in out')
     bad = [line.split(':')[0] for line in Path('out/bad_samples.txt').read_text().splitlines()]
     assert bad == ['in/torn.jpg', 'in/torn.png']
-    for name, copied in (('small.png', True), ('small.mp4', True), ('long.mp4', False)):
-        assert (Path('in', name).read_bytes() == Path('out', name).read_bytes()) == copied
+    assert Path('in/small.png').read_bytes() == Path('out/small.png').read_bytes()
     with Image.open('out/wide.png') as image, VideoReader('out/moves.gif') as video:
         assert (image.format, image.size, len(video)) == ('JPEG', (385, 256), 3)
     load = data.ImageDataset(None, 'val').load

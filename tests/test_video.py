@@ -40,6 +40,7 @@ FROM_THE_MIDDLE = {  # from the start they need not be decoded, the first time o
     'h264': ('a.mp4', x264('keyint=16:bframes=3', 70)),
     'h264 in MKV': ('a.mkv', x264('keyint=16:bframes=3', 70)),
     'h264 4:2:2': ('a.mp4', x264('keyint=16:bframes=3', 70, pix_fmt='yuv422p10le')),
+    'h264 with models of buffers': ('a.mp4', x264('keyint=9:nal-hrd=vbr:vbv-maxrate=900:vbv-bufsize=900')),
     'hevc with open GOPs': ('a.mp4', x265('keyint=12:bframes=4')),
     'hevc with open GOPs shorter than their B-frames': ('a.mkv', x265('keyint=3:min-keyint=1:bframes=8')),
     'hevc with closed GOPs': ('a.mp4', x265('keyint=12:open-gop=0')),
@@ -59,7 +60,6 @@ VIDEOS = {
     'h264 in slices': ('a.mp4', x264('keyint=10:bframes=2:slices=3')),
     'h264 interlaced': ('a.mp4', x264('interlaced=1:keyint=10')),
     'h264 at a variable rate': ('a.mp4', dict(times=np.cumsum([20 + 37 * (i % 3) for i in range(40)]))),
-    'h264 with models of buffers': ('a.mp4', x264('keyint=9:nal-hrd=vbr:vbv-maxrate=900:vbv-bufsize=900')),
     'h264 with B-frames in AVI': ('a.avi', x264('keyint=10:bframes=3')),
     'h264 with B-frames in FLV': ('a.flv', x264('keyint=10:bframes=3')),
     'h264 in a transport stream': ('a.ts', x264('keyint=16:bframes=3', 70)),
@@ -112,15 +112,12 @@ def with_content(packet, content, time=None):
 
 @pytest.mark.parametrize('name', VIDEOS)
 def test_frames_equal_decoding_from_the_start(name, tmp_path, monkeypatch):
-    """Of those that are read from the middle, each group that is needed, and one before it at most, the first
-    time and later."""
+    """Of those that are read from the middle, each group that is needed, and one before it at most."""
     file, options = VIDEOS[name]
     path = write_video(tmp_path / file, **options)
     if name in FROM_THE_MIDDLE:
         monkeypatch.setattr(VideoReader, 'decode', lambda self: pytest.fail('decoded from the start'))
     expected = check(path)
-    monkeypatch.setattr('video.SMALL', 0)  # as for a large file, whose packets are not kept
-    check(path)
     with VideoReader(path) as video:
         times = np.array(options.get('times', np.arange(len(video)) * 20)) / 600
         np.testing.assert_allclose(video.times(range(len(video))), times - times[0], atol=2e-3)
@@ -364,6 +361,14 @@ def test_times_that_lie(name, times, tmp_path):
     new = TIMES[times]([packet.pts for packet in packets])
     for number, (packet, time) in enumerate(zip(packets, new)):
         packet.pts, packet.dts = time + 5000, number
+    check(mux(tmp_path / 'b.mkv', path, packets))
+
+
+def test_a_message_of_many_parts_costs_no_more_than_decoding(tmp_path):
+    """Read bit by bit, these 300 kB would take 14 seconds."""
+    path = write_video(tmp_path / 'a.mkv', num_frames=10)
+    packets, unit = packets_of(path), b'\6' + b'\4\0' * 150_000 + b'\x80'
+    packets[0] = with_content(packets[0], len(unit).to_bytes(4, 'big') + unit + bytes(packets[0]))
     check(mux(tmp_path / 'b.mkv', path, packets))
 
 
