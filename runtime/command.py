@@ -170,6 +170,10 @@ def reasons(function: Callable, jobs: list[tuple], count: int) -> Iterator[str]:
 def pool_of(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are killed at the end, even in the middle of a job."""
     pool = ProcessPoolExecutor(count, CONTEXT, begin_process)
+    # Ctrl-C is for the main process alone. Forked ones inherit that it is held back.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    pool.submit(os.getpid)  # forks them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
         yield pool
     finally:
@@ -179,7 +183,7 @@ def pool_of(count: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def begin_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for those that are spawned
     end_with_parent()
     torch.set_num_threads(1)
     gc.freeze()  # what is there already need not be looked at after each job

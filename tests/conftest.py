@@ -68,6 +68,11 @@ def checkpoint_in(folder, name='latest'):
     return torch.load(folder / f'{name}.pth', weights_only=True)
 
 
+def same(ours, theirs):
+    """Whether two state_dicts are alike bit for bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def records(folder, key=''):
     """What a run has logged: all its records, or those with this key."""
     lines = map(json.loads, (folder / 'log.jsonl').read_text().splitlines())

@@ -205,30 +205,22 @@ def test_a_signal_to_a_launcher_and_its_ranks_saves(demo, signum):
     assert checkpoint_in(folder)['step'] == steps(folder)
 
 
-@pytest.fixture
-def in_terminal(demo):
-    """A function that starts a run in a terminal, and closes that once the run is under way."""
-
-    def call(code, line):
-        terminal, inside = pty.openpty()
-        code += f'\nfor i in range(3): os.dup2(os.open({os.ttyname(inside)!r}, os.O_RDWR), i)'
-        code += '\nsys.stdout, sys.stderr = open(1, "w"), open(2, "w")'
-        forked, folder = Forked(after(code, line), demo), demo / line.split('--work-dir ')[1].split()[0]
-        wait_for(lambda: forked.poll() is None and os.read(terminal, 10000) and steps(folder) > 3, 100)
-        os.close(inside)
-        os.close(terminal)
-        return forked.wait(), checkpoint_in(folder)['step'], steps(folder)
-
-    return call
-
-
-def test_a_run_whose_terminal_is_closed_saves(in_terminal):
-    """A write fails then, and it gets SIGHUP."""
-    status, saved, logged = in_terminal('', f'train {OPTIONS} --work-dir closed --epochs 99 --workers 1')
-    assert status == 128 + signal.SIGHUP and saved == logged
-
-
-def test_a_terminal_that_is_lost_without_a_signal_ends_nothing(in_terminal):
-    """As with nohup, or in a tmux that was killed."""
-    code = 'signal.signal(signal.SIGHUP, signal.SIG_IGN)\ntrain.distributed.STOP_SIGNALS.clear()'
-    assert in_terminal(code, f'train {OPTIONS} --work-dir lost') == (0, 8, 8)
+@pytest.mark.parametrize(
+    ('name', 'code', 'options', 'status'),
+    [
+        ('closed', '', '--epochs 99 --workers 1', 128 + signal.SIGHUP),
+        # As with nohup, or in a tmux that was killed
+        ('lost', 'signal.signal(1, signal.SIG_IGN)\ntrain.distributed.STOP_SIGNALS.clear()', '', 0),
+    ],
+)
+def test_a_run_whose_terminal_is_closed(demo, name, code, options, status):
+    """A write fails then, and it gets SIGHUP, by which it saves; without a signal it goes on to its end."""
+    terminal, inside = pty.openpty()
+    code += f'\nfor i in range(3): os.dup2(os.open({os.ttyname(inside)!r}, os.O_RDWR), i)'
+    code += '\nsys.stdout, sys.stderr = open(1, "w"), open(2, "w")'
+    forked, folder = Forked(after(code, f'train {OPTIONS} {options} --work-dir {name}'), demo), demo / name
+    wait_for(lambda: forked.poll() is None and os.read(terminal, 10000) and steps(folder) > 3, 100)
+    os.close(inside)
+    os.close(terminal)
+    assert forked.wait() == status
+    assert checkpoint_in(folder)['step'] == steps(folder) >= (8 if name == 'lost' else 4)
