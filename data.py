@@ -27,7 +27,7 @@ Rng = np.random.Generator
 
 
 def generator(purpose: str, *numbers: int) -> Rng:
-    """A random generator that follows from its purpose and non-negative numbers alone."""
+    """A random generator seeded by its purpose and these non-negative integers alone."""
     return np.random.default_rng([zlib.crc32(purpose.encode()), *numbers])
 
 
@@ -51,7 +51,7 @@ class FileList:
 
 
 class Sample(NamedTuple):
-    pixels: Tensor | None  # uint8; None if unreadable (in training: and ten replacements are too)
+    pixels: Tensor | None  # uint8; None if unreadable (in training: if ten replacements are, too)
     label: int
     path: str
     bad: list[str]  # `path: reason` of the unreadable files met on the way
@@ -172,7 +172,7 @@ class ImageDataset(FileDataset):
     """The listed images, uint8.
 
     mode 'train': `dataset[pass, index]` has a random crop, (3, size, size).
-    mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size).
+    mode 'val':   `dataset[index]` has one view, the centre crop, (1, 3, size, size). A test uses it too.
     """
 
     @property
@@ -192,7 +192,8 @@ class ImageDataset(FileDataset):
         """A random crop of an opened picture, perhaps mirrored, (3, size, size)."""
         height, width = size_upright(image)
         top, left, h, w = crop_box(height, width, rng, self.min_area)
-        # libjpeg decodes a JPEG far larger than needed at a half, a quarter or an eighth of its size.
+        # libjpeg can decode a JPEG at a half, a quarter or an eighth; `draft` picks the smallest that is not
+        # below the given size, and does nothing to other formats.
         scale = self.size / min(h, w)
         image.draft('RGB', [math.ceil(side * scale) for side in image.size])
         image = upright(image)
@@ -218,7 +219,7 @@ def sample_frames(
 ) -> np.ndarray:
     """Frame numbers of `num_clips` clips of a video with `num_frames` frames -> int64 (num_clips, clip_len).
 
-    With `rng` (training), each clip starts at random, so that clip_len * frame_interval frames remain.
+    With `rng` (training), each clip starts anywhere that leaves clip_len * frame_interval frames to the end.
     Without it (validation and test), a single clip lies in the middle and several are spread evenly from
     start to end. A video too short for a clip wraps around.
     """
@@ -343,7 +344,7 @@ class JointSampler:
         self.sizes, self.per_gpu, self.seed, self.first = sizes, per_gpu, seed, next(iter(sizes))
         self.per_step = {source: count * num_batches for source, count in per_gpu.items()}
         self.steps_per_epoch = sizes[self.first] // self.per_step[self.first]
-        self.orders = {source: (-1, None) for source in sizes}  # (pass, its order), the last one made
+        self.orders = {source: (-1, None) for source in sizes}  # (pass, its order), only the latest is kept
         if not self.steps_per_epoch:
             needed = ' x '.join(str(n) for n in (num_batches, per_gpu[self.first]) if n > 1)
             raise ValueError(
@@ -376,7 +377,7 @@ class JointSampler:
 
 def collate(samples: list[tuple[str, Sample]]) -> dict[str, Batch]:
     """A batch's samples -> {source: Batch}, clips and images in channels-last memory. In a worker, the pixels
-    are stacked into shared memory, from which the main process reads them uncopied."""
+    are stacked into shared memory, from which the main process reads them without a copy."""
     batch = {}
     for source in dict.fromkeys(source for source, _ in samples):
         own = [sample for name, sample in samples if name == source]

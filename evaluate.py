@@ -155,15 +155,15 @@ def predict(
     else:  # not folded: cuDNN would add a folded convolution's bias in a pass of its own
         network = copy.deepcopy(network).eval()
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
-    views = dataset.num_clips * dataset.num_crops if dataset.mode == 'test' else 1
-    size = batch_size * views * math.prod(dataset.shape[:-2]) * dataset.short_side**2  # bytes of a batch
+    num_views = dataset.num_clips * dataset.num_crops if dataset.mode == 'test' else 1
+    size = batch_size * num_views * math.prod(dataset.shape[:-2]) * dataset.short_side**2  # bytes of a batch
     batches = distributed.loader(share, workers, size, batch_size=batch_size, collate_fn=list)
     columns = classes(network, source)
     if features:
-        columns += next(network.head(source).parameters()).shape[-1]
+        columns += next(network.head(source).parameters()).shape[-1]  # the head's input
     rows, bad, done = np.full((len(share), columns), np.nan, dtype=np.float32), [], 0
-    hidden = None if rank() == 0 else True  # None: unless there is a terminal
-    for samples in tqdm(batches, progress, unit='batch', leave=False, disable=hidden):
+    quiet = None if rank() == 0 else True  # None: only if the output is not a terminal
+    for samples in tqdm(batches, progress, unit='batch', leave=False, disable=quiet):
         readable = [n for n, sample in enumerate(samples) if sample.pixels is not None]
         if readable:
             views = torch.cat([samples[n].pixels.to(device, non_blocking=True) for n in readable])
@@ -321,10 +321,12 @@ def classify(network: nn.Module, args: argparse.Namespace, trained: dict, names:
         with whole_file(args.csv, 'w', encoding='utf-8', errors='surrogateescape', newline='') as file:
             csv.writer(file).writerows(table)
     if args.features and rank() == 0:
+        # An unreadable file has no scores, an image perhaps fewer than a video: rows are filled up with NaN.
         scores, features = (pad_sequence(part, True, np.nan).numpy() for part in zip(*rows))
         with whole_file(args.features) as file:
             np.savez(file, features=features, scores=scores, paths=np.array(paths))
-    sys.exit(0 if all(len(scores) for scores, _ in rows) else 1)
+    if not all(len(scores) for scores, _ in rows):
+        sys.exit(1)
 
 
 def timeline(path: str, dataset: data.VideoDataset, scores: Tensor, names: list[str]) -> list[str]:

@@ -46,8 +46,8 @@ class DualStatsBatchNorm(nn.BatchNorm2d):
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The running means and variances, float (C,) each, of all layers in training mode: frozen layers stay
-    in eval mode, and theirs do not change."""
+    """The running means and variances, float (C,) each, of all layers in training mode, of both sources and
+    the heads. Frozen layers are in eval mode; their statistics do not change."""
     learning = [module for module in network.modules() if module.training]
     named = [item for module in learning for item in module.named_buffers(recurse=False)]
     return [buffer for name, buffer in named if 'running_' in name]  # not num_batches_tracked
@@ -71,8 +71,8 @@ class TemporalConv(nn.Conv2d):
     """Convolution over three frames at each place: the (3, 1, 1) kernel of a Conv3d, as a 2D convolution.
 
     The weight is (out, in, 3, 1). x: (B*T, C, H, W) -> (B*T, out, H, W). In channels-last memory the clip
-    viewed as (B, C, T, H*W) is channels-last again, so nothing is copied. A single frame is taken for a
-    picture that stands still, not for a clip with nothing around it.
+    viewed as (B, C, T, H*W) is channels-last again, so nothing is copied. A single frame is treated as a
+    still picture repeated over time, not as a clip padded with zeros.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -164,7 +164,8 @@ class OmniSlowOnly(nn.Module):
         self.layer4 = self._stage(16 * width, 8 * width, layers[3], stride=2, temporal=True)
 
         features = 32 * width
-        self.image_head = self.video_head = None  # each source has its own classes, so its own head
+        # Each source has its own classes, so its own head, whose BatchNorm needs one set of statistics only.
+        self.image_head = self.video_head = None
         if image_classes:
             self.image_head = nn.Sequential(
                 nn.BatchNorm1d(features), nn.Dropout(0.2), nn.Linear(features, image_classes)
@@ -246,7 +247,7 @@ class OmniSlowOnly(nn.Module):
         if x.is_floating_point() and not (self.checked_range or torch.compiler.is_compiling()):
             if x.max() <= 1:
                 raise ValueError('pixels are at most 1; the network takes uint8, or floats from 0 to 255')
-            self.checked_range = True  # once is enough: on a GPU, looking at a value waits for it
+            self.checked_range = True  # once: reading a value makes the CPU wait for the GPU
         return (x - self.mean) / self.std
 
     def forward(self, x: dict[str, Tensor] | Tensor, images: Tensor | None = None):

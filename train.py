@@ -75,9 +75,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--image-list', list_help, default=f'{imagenet}/meta/train.txt')
     add('--image-root', root_help, default=f'{imagenet}/train')
     published = 'default: the published list, if the training list is the published one'
-    add('--val-list', f'the same, or lines of "id num_frames label"; {published}')
+    add('--val-list', f'like --video-list, or lines of "id num_frames label"; {published}')
     add('--val-root', root_help, default=evaluate.VAL_ROOT)
-    add('--image-val-list', f'the same for images; {published} and it exists')
+    add('--image-val-list', f'like --image-list; {published} and it exists')
     add('--image-val-root', root_help, default=evaluate.IMAGE_VAL_ROOT)
     add('--video-labels', 'class names, one per line; default: those of the class folders, else numbers')
     add('--image-labels', 'the same for images')
@@ -86,11 +86,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--layers', 'blocks per stage; the default is ResNet-50', type=count, nargs=4, default=[3, 4, 6, 3])
     add('--width', 'channels of the stem', type=count, default=64)
     add('--clip-len', 'frames of a clip', type=count, default=8)
-    add('--frame-interval', 'from one frame to the next; 8 x 8 spans 2 seconds', type=count, default=8)
+    add('--frame-interval', 'frames from one to the next; 8 x 8 spans 2 seconds', type=count, default=8)
     add('--size', 'side of the crop, a multiple of 7: tests use 8/7 of it', type=count, default=224)
 
     add = parser.flags('recipe')
-    add('--epochs', 'many, because everything is learned from scratch', type=count, default=256)
+    add('--epochs', 'passes over the videos; many, to learn from scratch', type=count, default=256)
     add('--warmup-epochs', 'default: in proportion, 34 of 256', type=from_0)
     add('--videos-per-gpu', 'videos in a batch of each process', type=count, default=16)
     add('--images-per-gpu', 'default: in proportion to the videos, 85 to 16', type=count)
@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--clip-norm', 'limit on the norm of all gradients together', type=above_0, default=40)
     add('--video-only', 'no images, no image head: the plain SlowOnly to compare with', action='store_true')
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
-    add('--min-area', 'least share of a picture in a crop; small actions need 0.4', type=area, default=0.08)
+    add('--min-area', 'smallest crop, as a share; small actions need 0.4', type=area, default=0.08)
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
     add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
@@ -116,11 +116,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--precision', 'default: bf16 if the GPU has it, else fp32', choices=('fp32', 'bf16', 'fp16'))
     add('--compile', 'torch.compile: minutes at the start, faster steps', action='store_true')
     add('--workers', 'loader processes; default: its share of the cores, up to 16', type=from_0)
-    add('--no-validate', 'do not measure on the validation lists', action='store_true')
+    add('--no-validate', 'skip validation', action='store_true')
     add('--val-interval', 'epochs between validations and kept checkpoints', type=count, default=4)
     add('--save-minutes', 'minutes between saves of latest.pth', type=above_0, default=10)
     add('--log-interval', 'steps per log line', type=count, default=20)
-    add('--max-bad', 'end at a larger share (and over 20) of bad samples', type=above_0, default=0.01)
+    add('--max-bad', 'end if a larger share (and over 20) is unreadable', type=above_0, default=0.01)
 
     # Parsed twice: --demo and --init change the defaults of other flags.
     asked = parser.parse_known_args(argv)[0]
