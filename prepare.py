@@ -181,8 +181,7 @@ def show(args: argparse.Namespace) -> None:
     """Draw training clips and images of epoch 0, one of each of three classes, as read and as fed."""
     check_writable(args.out)
     if not args.video_list and not args.image_list:
-        args.video_list, args.video_root = 'data/demo/video_train.txt', 'data/demo/videos_train'
-        args.image_list, args.image_root = 'data/demo/image_train.txt', 'data/demo/images_train'
+        vars(args).update(DEMO_FILES)
     rows, titles, clip = [], [], {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
     for source, kind, options in (('video', data.VideoDataset, clip), ('image', data.ImageDataset, {})):
         list_file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root')
@@ -209,6 +208,18 @@ def show(args: argparse.Namespace) -> None:
 
 # demo: a small set of real files --------------------------------------------------------------------------
 
+DEMO_FILES = {  # flags of train.py
+    'video_list': 'data/demo/video_train.txt',
+    'video_root': 'data/demo/videos_train',
+    'video_labels': 'data/demo/video_labels.txt',
+    'image_list': 'data/demo/image_train.txt',
+    'image_root': 'data/demo/images_train',
+    'image_labels': 'data/demo/image_labels.txt',
+    'val_list': 'data/demo/video_val.txt',
+    'val_root': 'data/demo/videos_val',
+    'image_val_list': 'data/demo/image_val.txt',
+    'image_val_root': 'data/demo/images_val',
+}
 DEMO_PATTERNS = {  # where each is bright; coordinates grow by 1 per repetition
     'stripes': lambda y, x: (y + 0 * x) % 1 < 0.5,
     'checks': lambda y, x: (y % 1 < 0.5) ^ (x % 1 < 0.5),

@@ -35,8 +35,8 @@ from runtime.sources import RECIPE, compare_data, fingerprints, open_sources
 
 # Settings -------------------------------------------------------------------------------------------------
 
-# The demo's own defaults: a small network, small pictures, few epochs, its own data. It clips at a lower norm
-# because the images' gradients are at first 20 times as large as the videos'.
+# The demo's own defaults: a small network, small pictures, few epochs. It clips at a lower norm because the
+# images' gradients are at first 20 times as large as the videos'.
 DEMO = {
     'work_dir': 'work_dirs/demo',
     'layers': [1, 1, 1, 1],
@@ -46,16 +46,6 @@ DEMO = {
     'images_per_gpu': 24,
     'lr': 0.05,
     'clip_norm': 1.0,
-    'video_list': 'data/demo/video_train.txt',
-    'video_root': 'data/demo/videos_train',
-    'video_labels': 'data/demo/video_labels.txt',
-    'image_list': 'data/demo/image_train.txt',
-    'image_root': 'data/demo/images_train',
-    'image_labels': 'data/demo/image_labels.txt',
-    'val_list': 'data/demo/video_val.txt',
-    'val_root': 'data/demo/videos_val',
-    'image_val_list': 'data/demo/image_val.txt',
-    'image_val_root': 'data/demo/images_val',
 }
 
 
@@ -125,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Parsed twice: --demo and --init change the defaults of other flags.
     asked = parser.parse_known_args(argv)[0]
     if asked.demo:
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**DEMO, **prepare.DEMO_FILES)
     if asked.init or asked.init_2d:  # the checkpoint's, see `checkpoint.fit_size`
         parser.set_defaults(layers=None, width=None, size=None, clip_len=None, frame_interval=None)
     return check_settings(parser, parser.parse_args(argv))
