@@ -38,7 +38,7 @@ class Guard:
             self.received, self.since = signum, time.monotonic()
             if rank() == 0:  # not by print, which may be what was interrupted
                 name = signal.Signals(signum).name
-                line = f'\n{name}: saving after this step; another after 5 seconds ends it now\n'
+                line = f'\n{name}: saving before the next step; another after 5 seconds ends it now\n'
                 with suppress(OSError):
                     os.write(2, line.encode())
 

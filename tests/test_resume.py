@@ -189,7 +189,7 @@ def test_asked_to_stop_it_saves_and_says_so(undisturbed, demo, dies, ranks, sign
     folder = f'stopped{ranks}'
     line = dies('train.train_step', 4, folder, signum=signum, target='group')
     result = run(line, demo, expect=128 + signum, ranks=ranks)
-    assert f'{signum.name}: saving after this step' in result.stderr and 'Traceback' not in result.stderr
+    assert f'{signum.name}: saving before the next step' in result.stderr and 'Traceback' not in result.stderr
     assert f'stopped by {signum.name} and saved' in result.stdout
     saved, (epoch, step) = checkpoint_in(demo / folder), steps_of(demo / folder)[-1]
     steps = 4 // ranks  # of an epoch
