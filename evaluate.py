@@ -267,13 +267,14 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         network = checkpoint.build(saved, args.ckpt).to(device)
         for kind, file in (('video', args.video_labels), ('image', args.image_labels)):
             names[kind] = sources.read_label_map(file) if file else saved.get(f'{kind}_labels')
-            if file and len(names[kind]) != classes(network, kind):
-                raise ValueError(f'{file}: {len(names[kind])} names, but the {kind} head has another number')
+            if names[kind] and len(names[kind]) != classes(network, kind):
+                count, of = len(names[kind]), file if file else args.ckpt
+                raise ValueError(f'{of}: {count} names, but the {kind} head has another number of classes')
     args.precision, why = distributed.pick_precision(args.precision, device)
     say(f'{args.ckpt}: computing in {args.precision} ({why}) on {device}')
     if network.head('image') and checkpoint.images_share_statistics(saved['model']):
         say('no image statistics in this checkpoint: images are normalized with those of the videos')
-    trained = saved.get('settings', {})
+    trained = checkpoint.SIZES | saved.get('settings', {})
     if args.files:
         classify(network, args, trained, names)
     else:
@@ -282,11 +283,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 def open_dataset(kind: str, files: data.FileList | None, args: argparse.Namespace, trained: dict) -> Dataset:
     """A test set of 'video' or 'image', sized like the training; without files, for its `load`."""
-    size = trained.get('size', 224)
     if kind == 'image':
-        return data.ImageDataset(files, 'val', size)
-    clip = {key: trained.get(key, 8) for key in ('clip_len', 'frame_interval')}
-    return data.VideoDataset(files, 'test', size, **clip, num_clips=args.clips, num_crops=args.crops)
+        return data.ImageDataset(files, 'val', trained['size'])
+    clip = {key: trained[key] for key in ('size', 'clip_len', 'frame_interval')}
+    return data.VideoDataset(files, 'test', **clip, num_clips=args.clips, num_crops=args.crops)
 
 
 def classify(network: nn.Module, args: argparse.Namespace, trained: dict, names: dict) -> None:
