@@ -52,10 +52,6 @@ def write(state: dict, folder: Path, *names: str) -> None:
         for path in epochs[3:]:
             if path.name not in names:  # as after going back to an earlier epoch
                 path.unlink()
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network mounts cannot sync a folder
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -256,16 +252,13 @@ def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
 def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
     """Copy a run's momentum into the buffers of `optimizer`, which keeps its own settings. ValueError if one
     does not fit; a fused step would write outside it."""
-    given, own = {}, {}
-    with suppress(AttributeError, KeyError, TypeError):  # what it has no such entry for is missing below
-        for number, entry in saved['state'].items():
-            if is_stored(entry['momentum_buffer']):
-                given[f'momentum {number}'] = entry['momentum_buffer']
     for number, entry in optimizer.state_dict()['state'].items():
-        own[f'momentum {number}'] = entry['momentum_buffer']
-    compare(given, own, path)
-    for key, buffer in own.items():
-        buffer.copy_(given[key])
+        own, given = entry['momentum_buffer'], None
+        with suppress(IndexError, KeyError, TypeError):
+            given = saved['state'][number]['momentum_buffer']
+        if not is_stored(given) or given.shape != own.shape:
+            raise ValueError(f'{path}: momentum {number} does not fit this network')
+        own.copy_(given)
 
 
 def first_weights(
@@ -275,7 +268,7 @@ def first_weights(
     with --init-2d, or if their classes differ in number, name or order, or if only one side has names."""
     new = [source.name for source in sources]
     if given:
-        path = args.init if args.init else args.init_2d
+        path = args.init or args.init_2d
         for source in sources:
             head = network.head(source.name).state_dict(prefix=f'{source.name}_head.')
             shapes = {key: given['model'][key].shape for key in head if key in given['model']}
