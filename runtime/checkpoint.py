@@ -9,7 +9,6 @@ import math
 import os
 import re
 import socket
-import uuid
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -25,11 +24,9 @@ from runtime.mmaction2 import to_mmaction2 as to_mmaction2  # a part of this fil
 
 # The published sizes, for checkpoints that do not say theirs
 SIZES = {'layers': [3, 4, 6, 3], 'width': 64, 'size': 224, 'clip_len': 8, 'frame_interval': 8}
-# What a run saves besides its weights, and what is checked of its other values
+# What a run needs, besides its weights, to go on
 RUN = {'step': int, 'epoch': int, 'steps_per_epoch': int, 'best': list, 'lists': dict, 'settings': dict}
 RUN |= {'optimizer': dict, 'scaler': dict}
-LABELS = {'video_labels': (list, type(None)), 'image_labels': (list, type(None))}
-INPUT = {'size': int, 'clip_len': int, 'frame_interval': int}
 
 
 # Writing --------------------------------------------------------------------------------------------------
@@ -55,10 +52,6 @@ def write(state: dict, folder: Path, *names: str) -> None:
         for path in epochs[3:]:
             if path.name not in names:  # as after going back to an earlier epoch
                 path.unlink()
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network mounts cannot sync a folder
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -89,7 +82,7 @@ def find(resume: bool, folder: Path, demo: bool = False) -> tuple[dict | None, s
     for path in paths:
         try:
             saved = load(path)
-            if not RUN.keys() <= saved.keys():
+            if not all(isinstance(saved.get(key), kind) for key, kind in RUN.items()):
                 raise ValueError(f'{path}: weights, but no run to resume; --init starts from them')
         except (OSError, ValueError) as error:
             say(f'skipping {error}')
@@ -121,9 +114,8 @@ def load(path: str | os.PathLike) -> dict:
         say(f'{path}: taking the weights in {name!r}; it also has {", ".join(map(repr, others))}')
     if sum(value.nbytes for value in networks[name].values()) > os.path.getsize(path):
         raise ValueError(f'{path}: its weights are larger than the file')
-    if name != 'model' or 'settings' not in saved:
+    if name != 'model' or not isinstance(saved.get('settings'), dict):
         return {'model': from_mmaction2(networks[name])}
-    check_values(saved, path)
     return saved | {'model': networks[name]}
 
 
@@ -150,19 +142,17 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     target = Path(torch.hub.get_dir(), 'checkpoints', name)
     if target.exists():
         return target
-    beside, timeout = target.with_name(f'{target.name}.{uuid.uuid4().hex}.tmp'), socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # torch would wait forever
-        torch.hub.download_url_to_file(url, str(beside), match[1] if match else None)
-        read(beside)  # torch does not notice when a transfer breaks off
-        os.replace(beside, target)
+        torch.hub.download_url_to_file(url, str(target), match[1] if match else None)
+        read(target)  # torch does not notice when a transfer breaks off
     except Exception as error:  # of the network, the disk, the address or the hash
-        reason = str(error).replace(f'{beside}:', 'what came:')
-        raise OSError(f'{url}: cannot be fetched ({reason}); you can put a copy at {target}') from None
+        target.unlink(missing_ok=True)
+        raise OSError(f'{url}: cannot be fetched ({error}); you can put a copy at {target}') from None
     finally:
         socket.setdefaulttimeout(timeout)
-        beside.unlink(missing_ok=True)
     return target
 
 
@@ -186,12 +176,9 @@ def read(path: str | os.PathLike) -> object:
         foreign = []
         if is_archive:
             with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-                size = sum(entry.file_size for entry in entries)
-                # torch would read a compressed one, which could fill the memory, and wrong checksums
-                checked = any(entry.CRC for entry in entries)  # torch can be told to leave checksums out
-                if not stored or size > os.path.getsize(path) or (checked and archive.testzip()):
+                size = sum(entry.file_size for entry in archive.infolist())
+                # torch would unpack what could fill the memory, and read in spite of wrong checksums
+                if size > os.path.getsize(path) or archive.testzip():
                     raise ValueError
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
@@ -204,11 +191,12 @@ def networks_in(saved: object) -> dict[str, dict[str, Tensor]]:
     """The state_dicts in a file by their keys, the usual ones first; '' is the key of the file itself."""
     networks = {}
     if isinstance(saved, dict):
-        parts = {'model': saved.get('model'), 'state_dict': saved.get('state_dict'), '': saved} | saved
-        for name, part in parts.items():
+        for name, part in ({'model': None, 'state_dict': None, '': saved} | saved).items():
             if isinstance(part, dict):
-                networks[name] = {k: v for k, v in part.items() if isinstance(k, str) and is_stored(v)}
-    return {name: state for name, state in networks.items() if state}
+                state = {k: v for k, v in part.items() if isinstance(k, str) and is_stored(v)}
+                if state:
+                    networks[name] = state
+    return networks
 
 
 def is_stored(value: object) -> bool:
@@ -218,18 +206,6 @@ def is_stored(value: object) -> bool:
     return value.nbytes <= value.untyped_storage().nbytes()
 
 
-def check_values(saved: dict, path: str | os.PathLike) -> None:
-    """ValueError if a checkpoint of train.py has values, besides its weights, that no run would save."""
-    for values, types in ((saved, RUN | LABELS), (saved['settings'], INPUT)):
-        for key, value in values.items():
-            wanted, least = types.get(key, object), 0 if key in ('step', 'epoch') else 1
-            if not isinstance(value, wanted) or (wanted is int and value < least):
-                raise ValueError(f'{path}: its {key} is {value!r:.40}, which no run would save')
-    best = saved.get('best', [0, None])
-    if len(best) != 2 or not isinstance(best[0], (int, float)):
-        raise ValueError(f'{path}: its best is {best!r:.40}, which no run would save')
-
-
 # Into a network -------------------------------------------------------------------------------------------
 
 
@@ -237,7 +213,7 @@ def fit_size(args: argparse.Namespace, saved: dict | None, path: str) -> dict | 
     """Take the sizes that the command leaves open (None) from the run that goes on or, in a new one, from the
     checkpoint that it starts from. Returns that checkpoint, None if there is none."""
     if not saved and (args.init or args.init_2d):
-        path = args.init if args.init else args.init_2d
+        path = args.init or args.init_2d
         saved = load(path)
     if saved:
         sizes = SIZES | saved.get('settings', {}) | size_of(saved['model'], path)
@@ -276,16 +252,13 @@ def load_into(network: nn.Module, state: dict[str, Tensor], path: str) -> None:
 def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
     """Copy a run's momentum into the buffers of `optimizer`, which keeps its own settings. ValueError if one
     does not fit; a fused step would write outside it."""
-    given, own = {}, {}
-    with suppress(AttributeError, KeyError, TypeError):  # what it has no such entry for is missing below
-        for number, entry in saved['state'].items():
-            if is_stored(entry['momentum_buffer']):
-                given[f'momentum {number}'] = entry['momentum_buffer']
     for number, entry in optimizer.state_dict()['state'].items():
-        own[f'momentum {number}'] = entry['momentum_buffer']
-    compare(given, own, path)
-    for key, buffer in own.items():
-        buffer.copy_(given[key])
+        own, given = entry['momentum_buffer'], None
+        with suppress(IndexError, KeyError, TypeError):
+            given = saved['state'][number]['momentum_buffer']
+        if not is_stored(given) or given.shape != own.shape:
+            raise ValueError(f'{path}: momentum {number} does not fit this network')
+        own.copy_(given)
 
 
 def first_weights(
@@ -295,7 +268,7 @@ def first_weights(
     with --init-2d, or if their classes differ in number, name or order, or if only one side has names."""
     new = [source.name for source in sources]
     if given:
-        path = args.init if args.init else args.init_2d
+        path = args.init or args.init_2d
         for source in sources:
             head = network.head(source.name).state_dict(prefix=f'{source.name}_head.')
             shapes = {key: given['model'][key].shape for key in head if key in given['model']}

@@ -18,8 +18,6 @@ HEAD_NAMES = {
     'cls_head.fc3d.6.': 'video_head.4.',
     'cls_head.fc_cls.': 'video_head.0.',  # a single linear layer
 }
-# What DDP, torch.compile and Lightning put before names, and then MMAction2
-PREFIXES = re.compile(r'((module|_orig_mod|model)\.)*(backbone\.)?')
 
 
 def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -27,7 +25,8 @@ def from_mmaction2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     or ours with a prefix. If it has no image statistics, the videos' take their place."""
     ours = {}
     for theirs, value in state_dict.items():
-        key = theirs[PREFIXES.match(theirs).end() :]
+        # What DDP, torch.compile and Lightning put before names, and then MMAction2
+        key = re.sub(r'^((module|_orig_mod|model)\.)*(backbone\.)?', '', theirs)
         key = re.sub(r'\bconv(\d)\.(conv|bn)\.', r'\2\1.', key)  # as MMAction2's other networks have them
         key = key.replace('downsample.conv.', 'downsample.0.').replace('downsample.bn.', 'downsample.1.')
         for their_head, our_head in HEAD_NAMES.items():

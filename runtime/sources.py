@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -124,10 +123,9 @@ def say_classes(files: FileList, name: str, list_file: str, labels: list[str] | 
     if np.count_nonzero(counts) < 2:
         raise ValueError(f'{list_file}: all {len(files)} {name}s are of one class, which teaches nothing')
     names = labels if labels else [f'class {i}' for i in range(classes)]
-    least, most = (f'{names[i]} ({counts[i]})' for i in (counts.argmin(), counts.argmax()))
+    by_size = counts.argsort(kind='stable')
+    least, most = (f'{names[i]} ({counts[i]})' for i in (by_size[0], by_size[-1]))
     say(f'{list_file}: {len(files)} {name}s of {classes} classes, from {least} to {most}')
-    if 0 in counts:
-        say(f'{list_file}: {np.count_nonzero(counts == 0)} of the {classes} classes have no {name}s')
 
 
 # What has changed since a checkpoint ----------------------------------------------------------------------
@@ -135,10 +133,11 @@ def say_classes(files: FileList, name: str, list_file: str, labels: list[str] | 
 
 def fingerprints(source: Source) -> list[list[str] | None]:
     """Of the training and the validation set: a digest of the names, and one of their labels."""
-    digests = []
-    for dataset in (source.train, source.val):
-        arrays = (dataset.files.paths, dataset.files.labels) if dataset else ()
-        digests.append([hashlib.sha256(array.tobytes()).hexdigest() for array in arrays] or None)
+    digests = [None, None]
+    for i, dataset in enumerate((source.train, source.val)):
+        if dataset:
+            arrays = dataset.files.paths, dataset.files.labels
+            digests[i] = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
     return digests
 
 
@@ -151,9 +150,8 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[Source], p
         if was != now:
             raise ValueError(f'{path}: --{flag} was {was} there and is {now} now; {anew}')
     for source in sources:
-        name, before, now = source.name, saved.get(f'{source.name}_labels'), source.labels
-        both = zip_longest(before, now) if before and now else ()
-        for label, (was, new) in enumerate(both):
+        name, before = source.name, saved.get(f'{source.name}_labels')
+        for label, (was, new) in enumerate(zip(before or (), source.labels or ())):
             if was != new:
                 raise ValueError(f'{path}: {name} label {label} was {was!r} there and is {new!r} now; {anew}')
         if name not in saved['lists']:
@@ -280,7 +278,7 @@ def files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
                 folders.remove(name)
                 left_out.append(os.path.join(parent, name))
         for name in names:
-            if not name.startswith('.') and name != 'bad_samples.txt':  # which `encode` writes
+            if not name.startswith('.'):
                 part = found if name.lower().endswith(endings) else left_out
                 part.append(os.path.join(parent, name))
     for error in unreadable:
@@ -302,8 +300,8 @@ def files_of(folder: str) -> list[str]:
 def read_label_map(path: str) -> list[str]:
     """Class names from a text file: one a line, or `name index` or `index name` on every line, from 0.
 
-    If the names without their numbers would not be distinct (`level 0` and `level 1`), the numbers belong to
-    them. Raises ValueError for anything else.
+    Names that would not be distinct without their index keep it: `level 0`, `level 1`. Raises ValueError for
+    anything else.
     """
     wanted = 'expected one class name a line, or "name index" on every line, counted from 0'
     lines = dict(read_lines(path))
@@ -317,10 +315,10 @@ def read_label_map(path: str) -> list[str]:
         if len(matches) < max(len(rows) - 1, 2):  # names, a few of which have a number
             continue
         numbers, names = [int(match['index']) for match in matches], [match['name'] for match in matches]
-        complete, distinct = sorted(numbers) == [*range(len(rows))], len({*names}) == len(names)
-        if complete and distinct:
-            return [name for _, name in sorted(zip(numbers, names))]
-        if distinct or complete and numbers != sorted(numbers):
+        distinct = len({*names}) == len(names)
+        if sorted(numbers) == [*range(len(rows))]:
+            return [name for _, name in sorted(zip(numbers, names if distinct else rows))]
+        if distinct:
             raise ValueError(f'{path}: its lines are not numbered 0 to {len(rows) - 1}; {wanted}')
     if len({*rows}) < len(rows):
         raise ValueError(f'{path}: {max(rows, key=rows.count)!r} stands there twice; {wanted}')

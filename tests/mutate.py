@@ -31,7 +31,7 @@ data.py | a replacement has another's label | files.labels[index] => files.label
 runtime/distributed.py | SIGTERM saves nothing | [signal.SIGTERM, signal.SIGINT => [signal.SIGINT
 runtime/distributed.py | two runs share a folder | not isinstance(error, (B => not isinstance(0, (B
 runtime/checkpoint.py | written in place | folder / 'checkpoint.tmp' => folder / names[0]
-runtime/checkpoint.py | a download's hash is ignored | beside), match[1] if match else None) => beside))
+runtime/checkpoint.py | a download's hash is ignored | target), match[1] if match else None) => target))
 runtime/checkpoint.py | a checkpoint's code is run | weights_only=True => weights_only=False
 runtime/mmaction2.py | a weight has a wrong name | cls_head.fc3d.6. => cls_head.fc3d.5.
 runtime/checkpoint.py | images begin with 0 and 1 | trained == {'video'} => trained == {'x'}
