@@ -360,7 +360,7 @@ def open_set(kind: str, network: nn.Module, args: argparse.Namespace, trained: d
             names[kind] = folders
     if not names[kind]:
         names[kind] = sources.published_labels(kind, known)
-    files = sources.open_list(val_list, val_root, 'val', names[kind], known, not args.images)
+    files = sources.open_list(val_list, val_root, 'val', names[kind], not args.images)
     return open_dataset(kind, files, args, trained)
 
 

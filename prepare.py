@@ -187,7 +187,7 @@ def show(args: argparse.Namespace) -> None:
         list_file, root = getattr(args, f'{source}_list'), getattr(args, f'{source}_root')
         if not list_file:
             continue
-        files = sources.open_list(list_file, root, source, None, None, source == 'video')
+        files = sources.open_list(list_file, root, source, None, source == 'video')
         dataset = kind(files, size=args.size, min_area=args.min_area, **options)
         for index in np.unique(files.labels, return_index=True)[1][:3].tolist():
             sample = dataset[0, index]

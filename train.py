@@ -94,8 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--image-only', 'no videos, no video head: to learn from images first', action='store_true')
     add('--min-area', 'smallest crop, as a share; small actions need 0.4', type=area, default=0.08)
     add('--no-flip', 'mirror nothing, for classes that know left from right', action='store_true')
-    add('--init-2d', "start from a 2D ResNet's weights, inflated, or an --image-only run's", metavar='CKPT')
     add('--init', 'start from a checkpoint, with its --width and --layers; heads may differ', metavar='CKPT')
+    add('--init-2d', 'the same; a 2D ResNet is inflated', dest='init', metavar='CKPT')
     add('--freeze', 'train only the heads; the rest stays as in --init', action='store_true')
 
     add = parser.flags('run')
@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     asked = parser.parse_known_args(argv)[0]
     if asked.demo:
         parser.set_defaults(**DEMO, **prepare.DEMO_FILES)
-    if asked.init or asked.init_2d:  # the checkpoint's, see `checkpoint.fit_size`
+    if asked.init:  # the checkpoint's, see `checkpoint.fit_size`
         parser.set_defaults(layers=None, width=None, size=None, clip_len=None, frame_interval=None)
     return check_settings(parser, parser.parse_args(argv))
 
@@ -125,8 +125,6 @@ def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     """Refuse settings that exclude each other; fill in those that depend on others."""
     if args.size is not None and args.size % 7:
         parser.error('--size must be a multiple of 7, so that the short side, 8/7 of it, is a whole number')
-    if args.init and args.init_2d:
-        parser.error('--init and --init-2d exclude each other')
     if args.image_only and args.video_only:
         parser.error('--image-only leaves no videos for --video-only')
     if args.warmup_epochs is None:
@@ -300,7 +298,7 @@ def train(args: argparse.Namespace, device: torch.device) -> nn.Module:
         if saved:
             checkpoint.load_into(network, saved['model'], path)
         else:
-            checkpoint.first_weights(network, args, given, sources, sampler.steps_per_epoch)
+            checkpoint.first_weights(network, args, given, sources)
     if args.freeze:
         network.freeze_trunk()
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay)

@@ -5,7 +5,6 @@ from elsewhere: an address, MMAction2, a 2D ResNet. Begin with `write` and `load
 import argparse
 import hashlib
 import io
-import math
 import os
 import re
 import socket
@@ -52,6 +51,10 @@ def write(state: dict, folder: Path, *names: str) -> None:
         for path in epochs[3:]:
             if path.name not in names:  # as after going back to an earlier epoch
                 path.unlink()
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network mounts cannot sync a folder
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -176,9 +179,11 @@ def read(path: str | os.PathLike) -> object:
         foreign = []
         if is_archive:
             with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
+                entries = archive.infolist()
+                size = sum(entry.file_size for entry in entries)
+                checked = any(entry.CRC for entry in entries)  # torch can be told to leave checksums out
                 # torch would unpack what could fill the memory, and read in spite of wrong checksums
-                if size > os.path.getsize(path) or archive.testzip():
+                if size > os.path.getsize(path) or (checked and archive.testzip()):
                     raise ValueError
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
@@ -212,9 +217,8 @@ def is_stored(value: object) -> bool:
 def fit_size(args: argparse.Namespace, saved: dict | None, path: str) -> dict | None:
     """Take the sizes that the command leaves open (None) from the run that goes on or, in a new one, from the
     checkpoint that it starts from. Returns that checkpoint, None if there is none."""
-    if not saved and (args.init or args.init_2d):
-        path = args.init or args.init_2d
-        saved = load(path)
+    if not saved and args.init:
+        path, saved = args.init, load(args.init)
     if saved:
         sizes = SIZES | saved.get('settings', {}) | size_of(saved['model'], path)
         for key in SIZES:
@@ -261,41 +265,35 @@ def load_momentum(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> N
         own.copy_(given)
 
 
-def first_weights(
-    network: nn.Module, args: argparse.Namespace, given: dict | None, sources: list, steps_per_epoch: int
-) -> None:
-    """Load the checkpoint that --init or --init-2d names, if any, into a new run's network. Heads stay new
-    with --init-2d, or if their classes differ in number, name or order, or if only one side has names."""
+def first_weights(network: nn.Module, args: argparse.Namespace, given: dict | None, sources: list) -> None:
+    """Load the checkpoint that --init names, if any, into a new run's network. Heads stay new if their
+    classes differ in number, name or order, if only one side has names, or if their layers differ."""
     new = [source.name for source in sources]
     if given:
-        path = args.init or args.init_2d
+        state = given['model']
         for source in sources:
             head = network.head(source.name).state_dict(prefix=f'{source.name}_head.')
-            shapes = {key: given['model'][key].shape for key in head if key in given['model']}
-            alike = shapes == {key: value.shape for key, value in head.items()}
-            if args.init and alike and given.get(f'{source.name}_labels') == source.labels:
+            alike = all(key in state and state[key].shape == value.shape for key, value in head.items())
+            if alike and given.get(f'{source.name}_labels') == source.labels:
                 new.remove(source.name)
-        network.load_state_dict(matching(network, given['model'], path, new), strict=False)
-        say(f'starting from {path}; new heads: {", ".join(new) if new else "none"}')
+        network.load_state_dict(matching(network, state, args.init, new), strict=False)
+        say(f'starting from {args.init}; new heads: {", ".join(new) if new else "none"}')
     elif args.freeze:
-        raise ValueError('--freeze needs trained weights: name them with --init or --init-2d')
-    steps, wanted = args.epochs * steps_per_epoch, 300 if given or args.demo else 1000
-    if new and steps < wanted:
-        enough = math.ceil(wanted / steps_per_epoch)
-        what = 'a new head' if given else 'what learns from nothing'
-        say(f'{steps} steps are few for {what}; --epochs {enough} makes {wanted}')
+        raise ValueError('--freeze needs trained weights: name them with --init')
 
 
 def matching(network: nn.Module, state: dict[str, Tensor], path: str, new: list[str]) -> dict[str, Tensor]:
     """What a new run's network takes from `state`: all but the heads of the sources in `new` and parts that
     it lacks. A 1x1 kernel is divided over three frames where the network has them, as in I3D
     (https://arxiv.org/abs/1705.07750). ValueError names the first weight that does not fit."""
-    own = {key: value for key, value in network.state_dict().items() if key.split('_head.')[0] not in new}
-    parts = {key.split('.')[0] for key in own}
+    heads = tuple(f'{name}_head.' for name in new)  # these stay as they are
+    own = {key: value for key, value in network.state_dict().items() if not key.startswith(heads)}
+    parts = {key.split('.')[0] for key in own}  # conv1, bn1, layer1, ..., video_head
     taken = {key: value for key, value in own.items() if key.endswith('num_batches_tracked')}  # unused
-    trained = {key.split('_head.')[0] for key in state if '_head.' in key}
+    trained = {key.split('_head.')[0] for key in state if '_head.' in key}  # the sources it learned from
     for key, value in state.items():
-        if trained == {'video'}:  # statistics of what was not trained are still 0 and 1
+        # A source that it never learned from has statistics of 0 and 1; another's take their place.
+        if trained == {'video'}:
             value = state.get(key.replace('.image_running_', '.running_'), value)
         elif trained and 'video' not in trained:
             value = state.get(key.replace('.running_', '.image_running_'), value)

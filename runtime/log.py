@@ -158,7 +158,7 @@ def introduce(
     say('top-1 in training is of augmented crops; validation lags in the first hundreds of steps')
     first = sources[0].name
     times = args.lr / 0.1 * RECIPE[first] / sampler.per_step[first]
-    if times > 2 and not (args.demo or args.auto_scale_lr or args.init):
+    if times > 2 and not (args.demo or args.auto_scale_lr):
         line = f"the learning rate is {times:.1f} times the recipe's for so many {first}s a step"
         say(f'{line}; --auto-scale-lr makes it the same')
     if computing.startswith('cpu') and args.width >= 64:
@@ -166,9 +166,13 @@ def introduce(
     if args.compile:
         say('compiling: the first 100 steps of a run are not compiled, the next one takes minutes')
     if saved is None:
+        wanted = 300 if args.init or args.demo else 1000  # a new head learns sooner than a network
+        if args.epochs * steps < wanted:
+            enough = math.ceil(wanted / steps)
+            say(f'{args.epochs * steps} steps are few; --epochs {enough} makes {wanted}')
         return
 
-    harmless = ('work_dir', 'resume', 'init', 'init_2d', 'workers', 'save_minutes', 'log_interval')
+    harmless = ('work_dir', 'resume', 'init', 'workers', 'save_minutes', 'log_interval')
     for key, value in vars(args).items():
         was = saved['settings'].get(key, value)
         if key not in harmless and value is not None and value != was:

@@ -39,17 +39,18 @@ def open_sources(args: argparse.Namespace) -> list[Source]:
     """What the run learns from. Raises OSError or ValueError if a list cannot be used."""
     sources = []
     if not args.image_only:
-        sources.append(open_source(args, 'video', 'val'))
+        sources.append(open_source(args, 'video', 'val', data.VideoDataset))
     if not args.video_only:
-        sources.append(open_source(args, 'image', 'image_val'))
+        sources.append(open_source(args, 'image', 'image_val', data.ImageDataset))
     return sources
 
 
-def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
+def open_source(args: argparse.Namespace, name: str, val: str, kind: type[FileDataset]) -> Source:
     """The source of --NAME-list, --NAME-root, --NAME-labels and --NAMEs-per-gpu, validated on --VAL-list and
     --VAL-root."""
     list_file, label_map = getattr(args, f'{name}_list'), getattr(args, f'{name}_labels')
-    val_list, videos = getattr(args, f'{val}_list'), name == 'video'
+    val_list, videos = getattr(args, f'{val}_list'), kind is data.VideoDataset
+    by_folder = os.path.isdir(list_file) and not label_map  # class folders number the classes
     per_gpu = getattr(args, f'{name}s_per_gpu')
     if per_gpu is None:
         per_gpu = max(round(args.videos_per_gpu * 85 / 16), 2)
@@ -57,44 +58,42 @@ def open_source(args: argparse.Namespace, name: str, val: str) -> Source:
         raise ValueError(f'--{name}s-per-gpu: a batch of 1 cannot be normalized by its own statistics')
 
     labels = None
-    if label_map:
-        labels = read_label_map(label_map)
-    elif os.path.isdir(list_file):
+    if by_folder:
         labels = class_names(list_file)
-    files = open_list(list_file, getattr(args, f'{name}_root'), name, labels, None, videos)
-    classes = len(labels) if labels else int(files.labels.max()) + 1
-    say_classes(files, name, list_file, labels, classes)
+    elif label_map:
+        labels = read_label_map(label_map)
+    files = open_list(list_file, getattr(args, f'{name}_root'), name, labels, videos)
+    names = labels if labels else [f'class {i}' for i in range(files.labels.max() + 1)]
+    say_classes(files, name, list_file, names)
 
     options = {'size': args.size}
     if videos:
         options |= {'clip_len': args.clip_len, 'frame_interval': args.frame_interval}
-    kind = data.VideoDataset if videos else data.ImageDataset
     augmentation = {'seed': args.seed, 'flip': not args.no_flip, 'min_area': args.min_area}
     train_set, val_set = kind(files, 'train', **augmentation, **options), None
     if val_list and not args.no_validate:
-        if not labels and os.path.isdir(val_list):
+        val_by_folder = os.path.isdir(val_list)
+        if val_by_folder and not labels:
             raise ValueError(
                 f'{val_list}: class folders cannot be matched with the numbers in {list_file}; '
                 f'--{name}-labels takes a file with their names'
             )
-        val_files = open_list(val_list, getattr(args, f'{val}_root'), val, labels, classes, videos)
-        val_set = kind(val_files, 'val', **options)
-        if os.path.isdir(list_file) and not label_map and not os.path.isdir(val_list):
+        if by_folder and not val_by_folder:
             say(f'{val_list}: taking label 0 as {labels[0]!r} and so on, in the order of the class folders')
-    return Source(name, labels, classes, train_set, val_set, per_gpu)
+        val_files = open_list(val_list, getattr(args, f'{val}_root'), val, names, videos)
+        val_set = kind(val_files, 'val', **options)
+    return Source(name, labels, len(names), train_set, val_set, per_gpu)
 
 
-def open_list(
-    list_file: str, root: str, prefix: str, labels: list[str] | None, classes: int | None, videos: bool
-) -> FileList:
-    """The samples of --PREFIX-list and --PREFIX-root."""
+def open_list(list_file: str, root: str, prefix: str, names: list[str] | None, videos: bool) -> FileList:
+    """The samples of --PREFIX-list and --PREFIX-root; `names` are the classes, if they are known."""
     flag = f'--{prefix.replace("_", "-")}'
     if not os.path.exists(list_file):
         raise FileNotFoundError(
             f'{list_file}: no such list or folder of class folders ({flag}-list); `python train.py --demo` '
             'makes a small set of its own'
         )
-    files = read_list(list_file, root, classes, videos, labels)
+    files = read_list(list_file, root, None, videos, names)
     check_there(files, list_file, f'{flag}-root')
     return files
 
@@ -116,16 +115,15 @@ def check_there(files: FileList, list_file: str, flag: str) -> None:
     )
 
 
-def say_classes(files: FileList, name: str, list_file: str, labels: list[str] | None, classes: int) -> None:
+def say_classes(files: FileList, name: str, list_file: str, names: list[str]) -> None:
     """Say how many samples a training list has, and its smallest and largest class. ValueError if nothing
     can be learned from it."""
-    counts = np.bincount(files.labels, minlength=classes)
+    counts = np.bincount(files.labels, minlength=len(names))
     if np.count_nonzero(counts) < 2:
         raise ValueError(f'{list_file}: all {len(files)} {name}s are of one class, which teaches nothing')
-    names = labels if labels else [f'class {i}' for i in range(classes)]
     by_size = counts.argsort(kind='stable')
     least, most = (f'{names[i]} ({counts[i]})' for i in (by_size[0], by_size[-1]))
-    say(f'{list_file}: {len(files)} {name}s of {classes} classes, from {least} to {most}')
+    say(f'{list_file}: {len(files)} {name}s of {len(names)} classes, from {least} to {most}')
 
 
 # What has changed since a checkpoint ----------------------------------------------------------------------
@@ -151,9 +149,11 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[Source], p
             raise ValueError(f'{path}: --{flag} was {was} there and is {now} now; {anew}')
     for source in sources:
         name, before = source.name, saved.get(f'{source.name}_labels')
-        for label, (was, new) in enumerate(zip(before or (), source.labels or ())):
-            if was != new:
-                raise ValueError(f'{path}: {name} label {label} was {was!r} there and is {new!r} now; {anew}')
+        if before and source.labels:
+            for label, (was, new) in enumerate(zip(before, source.labels)):
+                if was != new:
+                    change = f'{name} label {label} was {was!r} there and is {new!r} now'
+                    raise ValueError(f'{path}: {change}; {anew}')
         if name not in saved['lists']:
             raise ValueError(f'{path}: never learned from {name}s; {anew}')
         (old_paths, old_labels), (paths, labels) = saved['lists'][name][0], fingerprints(source)[0]
@@ -165,7 +165,7 @@ def compare_data(saved: dict, args: argparse.Namespace, sources: list[Source], p
 
 # Lists, class folders and label maps ----------------------------------------------------------------------
 
-LINE = re.compile(r'(.+?)((?:[\s,]+-?\d+)+)')  # a path, then whole numbers
+LAST_NUMBER = re.compile(r'(.*[^\s,])[\s,]+(-?\d+)')  # what stands before it, and a whole number
 
 
 def read_lines(path: str) -> Iterator[tuple[int, str]]:
@@ -203,12 +203,15 @@ def read_list(
         counts, form = (1, 2), f'{form}, or "path num_frames label" in every line'
     paths, numbers = [], []
     for line, text in read_lines(list_file):
-        match = LINE.fullmatch(text)
-        found = [int(number) for number in re.findall(r'-?\d+', match[2])] if match else []
+        path, found = text, []
+        match = LAST_NUMBER.fullmatch(path)
+        while match and len(found) < 3:  # three are too many
+            path, found = match[1], [int(match[2]), *found]
+            match = LAST_NUMBER.fullmatch(path)
         numbers.append(found)
         if len(found) not in counts or len(found) != len(numbers[0]) or text.startswith('"'):
             raise ValueError(f'{list_file}:{line}: expected {form}; found {text[:100]!r}')
-        path, label = match[1], found[-1]
+        label = found[-1]
         if label < 0 or num_classes and label >= num_classes:
             known = f', 0 to {num_classes - 1}' if num_classes else ''
             raise ValueError(f'{list_file}:{line}: label {label} is out of range{known}')
@@ -256,9 +259,9 @@ def class_names(folder: str) -> list[str]:
 
 def image_endings() -> tuple[str, ...]:
     """The endings of the pictures that Pillow reads."""
-    drawn = ('GIF', 'EPS', 'WMF', 'PDF', 'MPEG')  # a GIF is read as a video, the others are not read
+    others = 'GIF EPS WMF PDF MPEG PALM HDF5 GRIB BUFR'.split()  # a GIF is a video, the rest are not read
     known = Image.registered_extensions().items()
-    return '.jpg', '.png', *(ending for ending, kind in known if kind not in drawn)
+    return '.jpg', '.png', *(ending for ending, kind in known if kind not in others)
 
 
 def is_image(path: str) -> bool:
@@ -300,8 +303,8 @@ def files_of(folder: str) -> list[str]:
 def read_label_map(path: str) -> list[str]:
     """Class names from a text file: one a line, or `name index` or `index name` on every line, from 0.
 
-    Names that would not be distinct without their index keep it: `level 0`, `level 1`. Raises ValueError for
-    anything else.
+    If the names without their numbers would not be distinct (`level 0` and `level 1`), the numbers belong to
+    them. Raises ValueError for anything else.
     """
     wanted = 'expected one class name a line, or "name index" on every line, counted from 0'
     lines = dict(read_lines(path))
@@ -315,10 +318,11 @@ def read_label_map(path: str) -> list[str]:
         if len(matches) < max(len(rows) - 1, 2):  # names, a few of which have a number
             continue
         numbers, names = [int(match['index']) for match in matches], [match['name'] for match in matches]
-        distinct = len({*names}) == len(names)
-        if sorted(numbers) == [*range(len(rows))]:
-            return [name for _, name in sorted(zip(numbers, names if distinct else rows))]
-        if distinct:
+        # complete: 0 to N - 1, each once. distinct: the names differ without their numbers.
+        complete, distinct = sorted(numbers) == [*range(len(rows))], len({*names}) == len(names)
+        if complete and distinct:
+            return [name for _, name in sorted(zip(numbers, names))]
+        if distinct or complete and numbers != sorted(numbers):  # numbers from 1, or names out of order?
             raise ValueError(f'{path}: its lines are not numbered 0 to {len(rows) - 1}; {wanted}')
     if len({*rows}) < len(rows):
         raise ValueError(f'{path}: {max(rows, key=rows.count)!r} stands there twice; {wanted}')

@@ -224,7 +224,7 @@ def run(folder: Path, job: Job) -> dict:
         before = image_network(folder, job)
         result['image_before'] = top1(before, 'image', job.seed)
         weights = before.state_dict()
-        if not jointly:  # as --init-2d does; jointly as --init does, which takes the image head along
+        if not jointly:  # its network has no image head; jointly it comes along, as with --init
             weights = checkpoint.matching(network, weights, 'images first', ['video'])
         network.load_state_dict(weights, strict=False)
     learn(network, job, ('video', 'image') if jointly else ('video',), job.lr, STEPS)

@@ -82,16 +82,16 @@ def test_unfinished_files_are_replaced_and_epochs_kept_to_three(tmp_path):
     assert len([*tmp_path.glob('epoch_*.pth')]) == 5
 
 
-def test_each_file_has_to_be_synced(tmp_path, monkeypatch):
+def test_each_file_has_to_be_synced_and_their_folder_if_it_can_be(tmp_path, monkeypatch):
     def sync(descriptor):
-        synced.append(descriptor)
-        if len(synced) > 2:
+        folders.append(os.path.isdir(f'/dev/fd/{descriptor}'))
+        if folders[-1] or len(folders) > 3:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    synced = []
+    folders = []
     monkeypatch.setattr(os, 'fsync', sync)
     checkpoint.write({'model': {}}, tmp_path, 'best.pth', 'latest.pth')
-    assert len(synced) == 2
+    assert folders == [False, False, True]
     with pytest.raises(OSError, match=r'epoch_1.pth cannot be written \(.*, \d+ MB are free there\)'):
         checkpoint.write({'model': {}}, tmp_path, 'epoch_1.pth')
     assert {path.name for path in tmp_path.glob('*.pth')} == {'best.pth', 'latest.pth'}
@@ -273,14 +273,14 @@ def test_which_weights_of_a_file_are_taken(tmp_path, trained, capsys):
 # Into a network -------------------------------------------------------------------------------------------
 
 
-def init(network, saved, path, image_labels=None, flag='init'):
-    """What --init, or another flag, does at the start of a long run."""
-    args = argparse.Namespace(**{'init': None, 'init_2d': None, 'epochs': 1000, 'demo': False} | {flag: path})
+def init(network, saved, path, image_labels=None):
+    """What --init does at the start of a run."""
+    args = argparse.Namespace(init=path)
     sources = [
         argparse.Namespace(name='video', classes=len(network.video_head[-1].bias), labels=None),
         argparse.Namespace(name='image', classes=len(network.image_head[-1].bias), labels=image_labels),
     ]
-    checkpoint.first_weights(network, args, saved, sources, 1)
+    checkpoint.first_weights(network, args, saved, sources)
 
 
 def test_a_weight_that_does_not_fit_is_named(trained):
@@ -333,7 +333,7 @@ def test_2d_weights_are_inflated():
     network.normalize = False
     given = {key: value for key, value in resnet.state_dict().items() if 'num_batches' not in key}
     given = checkpoint.from_mmaction2(under('module.backbone.', given))
-    init(network, {'model': given}, 'a.pth', flag='init_2d')
+    init(network, {'model': given}, 'a.pth')
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = nn.Sequential(*list(resnet.children())[:-2])(x).mean((2, 3))
@@ -363,7 +363,7 @@ def test_sizes_that_a_command_leaves_open_are_the_checkpoint_s(tmp_path, trained
     path, size = str(tmp_path / 'a.pth'), {'size': 112, 'clip_len': 4, 'frame_interval': 2, 'width': 8}
 
     def fitted(saved, **asked):
-        args = argparse.Namespace(**dict.fromkeys([*checkpoint.SIZES, 'init', 'init_2d']) | asked)
+        args = argparse.Namespace(**dict.fromkeys([*checkpoint.SIZES, 'init']) | asked)
         checkpoint.fit_size(args, saved, 'run.pth')
         return {key: getattr(args, key) for key in checkpoint.SIZES}
 
@@ -374,7 +374,7 @@ def test_sizes_that_a_command_leaves_open_are_the_checkpoint_s(tmp_path, trained
     own = {'model': trained, 'settings': size | {'size': 28}}  # of the run that goes on
     assert fitted(own, init=path)['size'] == 28
     torch.save(backbone, path)
-    assert fitted(None, init_2d=path) == checkpoint.SIZES | {'width': 8, 'layers': [1, 1, 1, 1]}
+    assert fitted(None, init=path) == checkpoint.SIZES | {'width': 8, 'layers': [1, 1, 1, 1]}
     line = fault(fitted, {'model': {'stem.0.weight': torch.ones(3)}})
     assert line == 'run.pth: not weights of a SlowOnly or another ResNet with bottlenecks'
 

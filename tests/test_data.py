@@ -214,7 +214,7 @@ def test_a_sound_picture_with_broken_metadata_is_read(tmp_path, exif):
 def test_an_ending_tells_images_from_videos_and_all_kinds_are_read(tmp_path):
     names = 'a.jpg b.JPEG c.png d.webp e.tif f.ppm g.jfif h.tga i.jp2 j.png k.png'.split()
     assert all(map(sources.is_image, names))
-    assert not any(map(sources.is_image, ('a.gif', 'a.mp4', 'a.MKV', 'a', 'a.eps', 'a.txt')))
+    assert not any(map(sources.is_image, ('a.gif', 'a.mp4', 'a.MKV', 'a', 'a.eps', 'a.txt', 'a.h5')))
     for name, mode in zip(names, ('CMYK', 'L', 'P', 'RGB', 'RGB', 'RGB', 'RGB', 'RGB', 'RGB', 'RGBA', '1')):
         PIL.Image.new('RGB', (60, 40), 'white').convert(mode).save(tmp_path / name)
         pixels = data.ImageDataset(None, size=56).load(str(tmp_path / name), data.generator('test'))

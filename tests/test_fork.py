@@ -11,8 +11,8 @@ from conftest import ROOT, SMALL, checkpoint_in, records, run
 # `video`: its head is `place_head`, its flags --place-list and --places-per-gpu.
 THIRD_SOURCE = {
     'runtime/sources.py': """
-         sources.append(open_source(args, 'image', 'image_val'))
-+        sources.append(open_source(args, 'place', 'place_val'))
+         sources.append(open_source(args, 'image', 'image_val', data.ImageDataset))
++        sources.append(open_source(args, 'place', 'place_val', data.ImageDataset))
 """,
     'model.py': """
          width: int = 64,

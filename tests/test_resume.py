@@ -125,8 +125,7 @@ def test_killed_in_the_middle_of(undisturbed, demo, dies, function, number):
 def test_a_frozen_run_resumes_exactly_and_moves_its_heads_only(undisturbed, demo, dies):
     undisturbed(1)
     options, init = f'train.py {OPTIONS} --workers 1', '--freeze --init undisturbed1/latest.pth'
-    output = run(f'{options} {init} --work-dir whole', demo, ranks=2).stdout
-    assert 'are few' not in output
+    run(f'{options} {init} --work-dir whole', demo, ranks=2)
     line = f'{dies("torch.nn.utils.clip_grad_norm_", 5, "frozen")} {init} {SAVE_EACH_STEP}'
     run(line, demo, expect=-signal.SIGKILL, ranks=2)
     options += ' --work-dir frozen --resume'

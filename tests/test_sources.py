@@ -51,6 +51,7 @@ def test_images_have_one_number(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
+        (str([*range(20_000)]), ':1: expected "path label"'),  # at once
         ('a.mp4 1\nb.mp4\n', ':2: expected "path label", .* or "path num_frames label".*; found .b.mp4.'),
         ('path,label\na.mp4,0\n', ':1: expected .*; found .path,label.'),
         ('a.mp4;0\n', ':1: expected .*; found .a.mp4;0.'),
@@ -101,7 +102,7 @@ def test_a_list_of_frame_folders_is_said_to_be_one(tmp_path):
         ('200 m\n100 m\n', ['200 m', '100 m']),
         ('tench, Tinca\ngoldfish, Carassius\n', ['tench, Tinca', 'goldfish, Carassius']),
         ('[Something] falling\nrun\n', ['[Something] falling', 'run']),
-        ('crane 1\nox 0\ncrane 2\n', ['ox 0', 'crane 1', 'crane 2']),
+        ('crane 0\nox 1\ncrane 2\n', ['crane 0', 'ox 1', 'crane 2']),
     ],
 )
 def test_label_maps(tmp_path, content, expected):
@@ -117,6 +118,7 @@ def test_label_maps(tmp_path, content, expected):
         ('1 jump\n2 run\n', 'its lines are not numbered 0 to 1; expected'),
         ('id,name\n0,jump\n1,run\n', 'its lines are not numbered 0 to 2'),
         ('0,jump\n2,run\n', 'its lines are not numbered 0 to 1'),
+        ('crane 1\nox 0\ncrane 2\n', 'its lines are not numbered'),
         ('jump\nrun\njump\n', "'jump' stands there twice"),
         ('\n', 'no list of class names'),
         ('jump\n\nrun\n', 'an empty line stands among'),

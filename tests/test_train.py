@@ -63,7 +63,7 @@ def test_demo_trains_validates_and_tests(trained):
     for line in (
         'reusing the set',
         '32 videos of 8 classes, from stripes rising (4) to ',
-        '10 steps are few for what learns from nothing; --epochs 150 makes 300',
+        '10 steps are few; --epochs 150 makes 300',
         '16 videos of 8 classes, 10 clips x 3 crops',
         '12 images of 4 classes, centre crop',
         '\nevaluate.py --ckpt work_dirs/demo/latest.pth\n',
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(trained):
         ('--demo --image-list one_class.txt', 'one_class.txt: all 2 images are of one class'),
         ('--demo --image-labels= --image-list huge.txt', 'huge.txt: label 1000000 among 2 samples'),
         ('--demo --init-2d other.pth', 'other.pth: not weights of a SlowOnly'),
-        ('--demo --freeze --resume', '--freeze needs trained weights: name them with --init or --init-2d'),
+        ('--demo --freeze --resume', '--freeze needs trained weights: name them with --init'),
         ('--demo --work-dir empty.txt/work', 'empty.txt'),
         ('--demo --epochs 0', "'0' is not a whole number"),
         ('--demo --lr nan', "'nan' is not a number above 0"),
@@ -357,7 +357,7 @@ def test_the_readme_s_fine_tuning_keeps_what_was_learned(trained):
     line += ' --size 28 --clip-len 2 --workers 1 --log-interval 1 --val-interval 20'
     output = run(line, folder).stdout
     assert 'starting from work_dirs/demo/best.pth; new heads: video, image\n' in output
-    assert '20 steps are few for a new head; --epochs 300 ' in output and 'times the recipe' not in output
+    assert '20 steps are few; --epochs 300 ' in output and 'times the recipe' not in output
     losses = [record['loss'] for record in records(folder / 'work_dirs/mine', 'step')]
     assert len(losses) == 20 and max(losses) < 1.3 * losses[0] and losses[-1] < losses[0]
     assert 'all 20 epochs are done' in run(line, folder).stdout  # the size is read off the file again
