@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     convs, norms = count(network.features, test_view)
     backbone = parameters(network) - parameters(network.image_head) - parameters(network.video_head)
-    print(
-        'Published accounting (multiply-accumulates, BatchNorm as 2 per element, 8x256x256, one linear head)'
-    )
+    print('Published accounting (multiply-accumulates, BatchNorm 2 per element, 8x256x256, one linear head)')
     print(f'  FLOPs       {(convs + norms) / 1e9:.2f}G   = convolutions {convs:,} + BatchNorm {norms:,}')
     print(f'  parameters  {(backbone + plain) / 1e6:.2f}M   = backbone {backbone:,} + head {plain:,}\n')
     print(f'The joint model: {parameters(network) / 1e6:.2f}M parameters = backbone {backbone:,}', end='')
