@@ -180,8 +180,7 @@ def train_step(
     the dropout of each batch; nothing else here is random. `step` counts from 0 through the run.
 
     Returns `{source}_loss` and `{source}_top1` of each batch, and the norm of all gradients before clipping,
-    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed; the running
-    statistics are, but then `Log.check` ends the run before they are saved.
+    on the device: nothing here waits for a GPU. If the norm is not finite, no weight is changed.
     """
     set_momentum(network, step)
     statistics, results = running_statistics(network), []
