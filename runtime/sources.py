@@ -78,10 +78,10 @@ def open_source(args: argparse.Namespace, name: str, val: str, kind: type[FileDa
                 f'{val_list}: class folders cannot be matched with the numbers in {list_file}; '
                 f'--{name}-labels takes a file with their names'
             )
-        if by_folder and not val_by_folder:
-            say(f'{val_list}: taking label 0 as {labels[0]!r} and so on, in the order of the class folders')
         val_files = open_list(val_list, getattr(args, f'{val}_root'), val, names, videos)
         val_set = kind(val_files, 'val', **options)
+        if by_folder and not val_by_folder:
+            say(f'{val_list}: taking label 0 as {labels[0]!r} and so on, in the order of the class folders')
     return Source(name, labels, len(names), train_set, val_set, per_gpu)
 
 
@@ -124,6 +124,8 @@ def say_classes(files: FileList, name: str, list_file: str, names: list[str]) ->
     by_size = counts.argsort(kind='stable')
     least, most = (f'{names[i]} ({counts[i]})' for i in (by_size[0], by_size[-1]))
     say(f'{list_file}: {len(files)} {name}s of {len(names)} classes, from {least} to {most}')
+    if 0 in counts:
+        say(f'{list_file}: {np.count_nonzero(counts == 0)} of the {len(names)} classes have no {name}s')
 
 
 # What has changed since a checkpoint ----------------------------------------------------------------------
